@@ -1,0 +1,37 @@
+"""What can go wrong, each as one sentence that names the file, the layer and the way out."""
+
+from __future__ import annotations
+
+
+class TailorError(Exception):
+    """Base of every error this package raises on purpose.
+
+    ``exit_code`` is what a command line tool ends with: 1 when the thing that was
+    checked is bad, 2 for wrong usage or unreadable input.
+    """
+
+    exit_code = 2
+
+
+class PolicyError(TailorError, ValueError):
+    """A policy, or the string it is written as, does not make sense."""
+
+
+class BaseError(TailorError):
+    """An explicit ``base=`` cannot be carried from."""
+
+
+class UnreadableMetadataError(TailorError):
+    """A ``.metadata`` file is damaged, hostile, or not a DCP checkpoint's."""
+
+
+class SaveRefusedError(TailorError):
+    """This way of saving would write a wrong selection, so it is refused before a byte is written."""
+
+
+class ConflictingStateError(TailorError, ValueError):
+    """Ranks disagree about a tensor, or the state does not cover it."""
+
+
+class NoCheckpointError(TailorError, FileNotFoundError):
+    """No committed checkpoint was found where one was asked for."""

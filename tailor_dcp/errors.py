@@ -35,3 +35,7 @@ class ConflictingStateError(TailorError, ValueError):
 
 class NoCheckpointError(TailorError, FileNotFoundError):
     """No committed checkpoint was found where one was asked for."""
+
+
+class TailorWarning(UserWarning):
+    """Training goes on, but something was written that could have been carried, or the like."""

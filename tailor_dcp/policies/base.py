@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -67,7 +67,7 @@ class SaveRequest:
 class Policy(ABC):
     """A rule that says which units are due. Subclasses are small frozen dataclasses."""
 
-    name: str = ""
+    name: ClassVar[str] = ""
     """What the policy is called in strings; set by each subclass as a plain class attribute."""
 
     @abstractmethod

@@ -1,0 +1,47 @@
+# Everything a newcomer types: `make demo` and `make test`. Each target makes its own .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Two ranks share two cores here; more threads a rank only get in each other's way.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-long lint format bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/train_fsdp.py
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: $(VENV)/.test
+	TAILOR_TEST_LONG=1 $(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.demo
+	$(BIN)/python benchmarks/save.py
+	$(BIN)/python benchmarks/compose.py
+	$(BIN)/python benchmarks/disk_use.py
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Installing again is quick when nothing changed, so both stamps follow the two files that decide.
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e ".[hf,plot]"
+	touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-run build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

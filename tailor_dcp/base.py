@@ -1,0 +1,154 @@
+"""The base: the committed checkpoint that a save carries from."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+
+from tailor_dcp.errors import BaseError, TailorError, TailorWarning
+from tailor_dcp.lineage import Ancestor, Chain, stamp_of
+from tailor_dcp.location import METADATA, Location, is_url, locate, same_folder
+from tailor_dcp.metadata.compose import Blobs, Shape, blobs_by_key, shape_of
+from tailor_dcp.metadata.record import Origin, Record, record_of, save_id_of
+from tailor_dcp.metadata.safe_pickle import read
+from tailor_dcp.selection import Holdings
+
+
+@dataclass(frozen=True)
+class Base:
+    """A committed checkpoint, its metadata read and checked.
+
+    ``record`` is None for a checkpoint that a stock planner wrote.
+    """
+
+    location: Location
+    save_id: str
+    metadata: Metadata
+    record: Record | None
+
+    @property
+    def origin(self) -> Origin:
+        """This checkpoint's own save."""
+        index = self.record.index if self.record else 0
+        return Origin(self.save_id, self.location.step, self.location.name, index)
+
+    @property
+    def ancestor(self) -> Ancestor:
+        """This checkpoint as an ancestor of the next save."""
+        return Ancestor(str(self.location.folder), self.save_id)
+
+    @cached_property
+    def blobs(self) -> Blobs:
+        """The stored blobs of each key."""
+        return blobs_by_key(self.metadata)
+
+    def holdings(self) -> Holdings:
+        """Return what can be carried from here."""
+        if self.record is None:
+            origins = dict.fromkeys(self.metadata.state_dict_metadata, self.origin)
+        else:
+            origins = {key: unit.origin for unit in self.record.units.values() for key in unit.keys}
+        return Holdings({key: self.source_shape(key) for key in self.metadata.state_dict_metadata}, origins)
+
+    def source_shape(self, key: str) -> Shape:
+        """Return a key's global size and the dtype that the training state had it in."""
+        stored = shape_of(self.metadata.state_dict_metadata[key])
+        narrowed = self.record.narrowed.get(key) if self.record else None
+        return Shape(stored.size, dtype_named(narrowed)) if narrowed else stored
+
+
+def dtype_named(name: str) -> torch.dtype | None:
+    """Return the dtype that ``str(dtype)`` writes as ``name``, None if there is none."""
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def open_base(folder: Path) -> Base:
+    """Read a committed checkpoint.
+
+    Raises:
+        NoCheckpointError: it is not committed.
+        UnreadableMetadataError: its ``.metadata`` is damaged or hostile.
+    """
+    metadata = read(folder / METADATA)
+    location = locate(folder)
+    return Base(location, save_id_of(metadata) or "", metadata, record_of(metadata, str(folder / METADATA)))
+
+
+def check_explicit(folder: Path) -> None:
+    """Refuse, before training goes on, a ``base=`` that is not committed.
+
+    Raises:
+        BaseError: naming the folder and the way out.
+    """
+    if is_url(folder):
+        raise BaseError(
+            f"base={str(folder)!r} is on an object store; only local folders can be carried from."
+        )
+    if stamp_of(folder) is None:
+        raise BaseError(
+            f"base={str(folder)!r} is not a committed checkpoint: it has no {METADATA}. Give a complete "
+            f'checkpoint\'s folder, or base="auto" to write everything where there is nothing to carry from.'
+        )
+
+
+def open_explicit(folder: Path, target: Location) -> Base | None:
+    """Open the checkpoint that the user names; None if it is the folder being written itself.
+
+    Raises:
+        BaseError: it is not committed, or damaged.
+    """
+    if same_folder(folder, target.folder):
+        return None
+    check_explicit(folder)
+    try:
+        return open_base(folder)
+    except TailorError as error:
+        raise BaseError(f"base={str(folder)!r} cannot be carried from: {error}") from error
+
+
+def find(chain: Chain, target: Location) -> Base | None:
+    """Return the newest ancestor that is committed; None means that everything is written.
+
+    It never raises: ``base="auto"`` must not stop training. What is unusable is said in a warning.
+    """
+    for ancestor in chain:
+        for folder in _places(ancestor, target):
+            base = _open_ancestor(ancestor, folder)
+            if base is not None:
+                return None if same_folder(folder, target.folder) else base
+    if chain:
+        warnings.warn(
+            f"None of the checkpoints that this training state descends from (the newest is "
+            f"{chain[0].folder}) is still committed; {target.folder} is written as a whole.",
+            TailorWarning,
+            stacklevel=2,
+        )
+    return None
+
+
+def _places(ancestor: Ancestor, target: Location) -> Iterator[Path]:
+    """Where an ancestor can be: where it was saved or, in a run that was moved, beside the target."""
+    folder = Path(ancestor.folder)
+    yield folder
+    moved = target.sibling(folder)
+    if moved != folder:
+        yield moved
+
+
+def _open_ancestor(ancestor: Ancestor, folder: Path) -> Base | None:
+    stamp = stamp_of(folder)
+    if stamp is None or (ancestor.save_id is None and stamp != ancestor.stamp):
+        return None
+    try:
+        base = open_base(folder)
+    except TailorError as error:
+        warnings.warn(f"Nothing is carried from {folder}: {error}", TailorWarning, stacklevel=2)
+        return None
+    return base if ancestor.save_id in (None, base.save_id) else None

@@ -1,0 +1,183 @@
+"""Carrying: making files of an earlier checkpoint part of a new one, without writing their bytes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from tailor_dcp.location import Location, is_within
+from tailor_dcp.metadata.record import CarryMode
+
+CARRIED = "carried"
+"""The sub-folder that holds earlier files, one folder for each save that wrote some."""
+
+
+_SAVE_ID = re.compile(r"[0-9A-Za-z-]{8,64}")  # it becomes a folder's name, whoever wrote it
+
+
+class Source(NamedTuple):
+    """A file that holds bytes to be carried.
+
+    Attributes:
+        save_id: the save that wrote it.
+        size: how many bytes it must at least have.
+    """
+
+    save_id: str
+    size: int
+
+
+@dataclass
+class Placement:
+    """What became of the files that were to be carried.
+
+    Attributes:
+        paths: each file's path relative to the new checkpoint's folder.
+        failures: why the others cannot be carried.
+    """
+
+    paths: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, OSError] = field(default_factory=dict)
+
+
+def place(files: Mapping[str, Source], base: Location, target: Location, mode: CarryMode) -> Placement:
+    """Make files of ``base`` part of ``target``.
+
+    Args:
+        files: the files by their path relative to ``base``.
+        base: the checkpoint to carry from.
+        target: the checkpoint that is being written.
+        mode: ``link``, ``reference`` or ``copy``.
+
+    Returns:
+        The new paths, and for each file that cannot be carried the reason. Nothing is raised:
+        what cannot be carried is written instead.
+    """
+    placement = Placement()
+    touched: set[Path] = set()
+    for name, source in files.items():
+        path = Path(os.path.normpath(base.folder / name))
+        try:
+            _check(path, base, source)
+            new = _MODES[mode](path, target, source)
+        except OSError as error:
+            error.filename = str(path)
+            placement.failures[name] = error
+            continue
+        placement.paths[name] = new
+        touched.add((target.folder / new).parent)
+    if mode != "reference":
+        _make_durable(touched, target.folder)
+    return placement
+
+
+def remove(paths: set[str], folder: Path) -> None:
+    """Remove files that were placed and turned out not to be needed, and folders left empty."""
+    for path in paths:
+        with suppress(OSError):
+            (folder / path).unlink()
+    prune_empty(folder / CARRIED)
+
+
+def prune_empty(carried: Path) -> None:
+    """Remove ``carried`` and its sub-folders where they are empty."""
+    for place_ in (*carried.glob("*"), carried):
+        with suppress(OSError):
+            place_.rmdir()
+
+
+def _check(path: Path, base: Location, source: Source) -> None:
+    if not _SAVE_ID.fullmatch(source.save_id):
+        raise OSError(errno.EPERM, f"{source.save_id!r} is no save id")
+    if not is_within(path, base.run):
+        raise OSError(errno.EPERM, "it lies outside the run's folder")
+    size = path.stat().st_size
+    if size < source.size:
+        raise OSError(errno.EIO, f"it has {size} bytes where {source.size} are needed")
+
+
+def _link(path: Path, target: Location, source: Source) -> str:
+    new = _carried_path(path, target, source)
+    try:
+        os.link(path, new)
+    except FileExistsError:
+        if not os.path.samestat(path.stat(), new.stat()):
+            raise
+    return new.relative_to(target.folder).as_posix()
+
+
+def _copy(path: Path, target: Location, source: Source) -> str:
+    new = _carried_path(path, target, source)
+    partial = new.with_name(f"{new.name}.partial")
+    try:
+        with path.open("rb") as old, partial.open("wb") as stream:
+            _clone(old.fileno(), stream.fileno())
+            os.fsync(stream.fileno())
+        partial.replace(new)
+    finally:
+        partial.unlink(missing_ok=True)
+    return new.relative_to(target.folder).as_posix()
+
+
+def _clone(old: int, new: int) -> None:
+    """Copy a whole file: a reflink where the file system makes one, bytes where it does not."""
+    try:
+        while os.copy_file_range(old, new, 1 << 30):
+            pass
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+        os.lseek(old, 0, os.SEEK_SET)
+        os.ftruncate(new, 0)
+        os.lseek(new, 0, os.SEEK_SET)
+        with open(old, "rb", closefd=False) as source, open(new, "wb", closefd=False) as stream:
+            shutil.copyfileobj(source, stream, 1 << 24)
+
+
+def _refer(path: Path, target: Location, source: Source) -> str:
+    if not is_within(path, target.run):
+        raise OSError(errno.EPERM, f"a reference must stay inside the run {target.run}")
+    return Path(os.path.relpath(path, target.folder)).as_posix()
+
+
+_MODES: dict[CarryMode, Callable[[Path, Location, Source], str]] = {
+    "link": _link,
+    "copy": _copy,
+    "reference": _refer,
+}
+
+
+def _carried_path(path: Path, target: Location, source: Source) -> Path:
+    folder = target.folder / CARRIED / source.save_id
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / path.name
+
+
+def _make_durable(folders: set[Path], root: Path) -> None:
+    """Force new names to the disk: ``.metadata`` must never outlive what it names."""
+    if folders:
+        for folder in (*folders, root / CARRIED, root, root.parent):
+            sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's own entries; file systems that cannot do it need not."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def explain(error: OSError) -> str:
+    """Say in half a sentence why a file cannot be carried."""
+    name = errno.errorcode.get(error.errno, "") if error.errno else ""
+    return f"{error.filename}: {error.strerror or error}" + (f" [{name}]" if name else "")

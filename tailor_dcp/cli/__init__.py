@@ -1,0 +1,39 @@
+"""The ``tailor`` command: one file a verb."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import typer
+
+from tailor_dcp.cli.inspect import inspect
+from tailor_dcp.errors import TailorError
+
+app = typer.Typer(
+    name="tailor",
+    help="Layer-wise checkpoints for PyTorch: look into them, merge them, keep them in order.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(inspect)
+
+
+@app.callback()
+def _root() -> None:
+    """Layer-wise checkpoints for PyTorch: look into them, merge them, keep them in order."""
+
+
+def main() -> None:
+    """Run the command line; errors are one sentence, never a traceback."""
+    warnings.showwarning = _say  # type: ignore[assignment]
+    try:
+        app()
+    except TailorError as error:
+        typer.echo(f"tailor: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+def _say(message: Warning | str, *_: object, **__: object) -> None:
+    typer.echo(f"tailor: {message}", err=True)

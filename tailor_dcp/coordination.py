@@ -1,0 +1,173 @@
+"""What the coordinator of a save makes of all ranks' plans. It reads plans and writes nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StoragePrefix
+from torch.distributed.checkpoint.planner import SavePlan
+
+from tailor_dcp.base import Base
+from tailor_dcp.decision import Decision
+from tailor_dcp.errors import ConflictingStateError
+from tailor_dcp.layers import LayerMap, trained
+from tailor_dcp.lineage import Chain
+from tailor_dcp.location import Location
+from tailor_dcp.metadata.compose import Shape
+from tailor_dcp.metadata.record import Origin, Record, UnitRecord
+from tailor_dcp.policies import Policy
+from tailor_dcp.selection import State
+from tailor_dcp.ties import Tie, merge_ties
+from tailor_dcp.units import STEP, WEIGHT, Unit
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """What each rank tells the coordinator besides its items: its keys' paths, and ties it sees."""
+
+    paths: Mapping[str, tuple[str | int, ...]]
+    ties: tuple[Tie, ...]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What the coordinator tells each rank besides its items."""
+
+    save_id: str
+    chain: Chain
+    cohorts: Mapping[str, str]
+
+
+def gather(plans: list[SavePlan], infos: list[RankInfo], layers: LayerMap, base: Base | None) -> State:
+    """Describe the state that all ranks together are saving.
+
+    Raises:
+        ConflictingStateError: two ranks hold one key with different shapes or dtypes.
+    """
+    shapes = _shapes(plans)
+    paths = {key: path for info in infos for key, path in info.paths.items() if key in shapes}
+    entries = layers.classify(paths, {key for key, shape in shapes.items() if shape.size is not None})
+    units: dict[Unit, list[str]] = {}
+    for key, entry in entries.items():
+        units.setdefault(entry.unit, []).append(key)
+    seen = [tie for info in infos for tie in info.ties]
+    remembered = base.record.ties if base and base.record else ()
+    ties = (tuple(key for key in tie if key in entries) for tie in merge_ties([*seen, *remembered]))
+    return State(
+        shapes=shapes,
+        units={unit: tuple(keys) for unit, keys in units.items()},
+        ties=tuple(tie for tie in ties if len(tie) > 1),
+        trained=frozenset(trained(entries)),
+    )
+
+
+def keep_due(plans: list[SavePlan], decision: Decision, state: State) -> list[SavePlan]:
+    """Drop the items that are carried."""
+    if not decision.origins:
+        return plans
+    carried = {key for unit in decision.origins for key in state.units[unit]}
+    return [replace(p, items=[i for i in p.items if i.index.fqn not in carried]) for p in plans]
+
+
+def narrow(plans: list[SavePlan], decision: Decision, state: State, policy: Policy) -> dict[str, str]:
+    """Give due items the dtype that the policy stores them in.
+
+    Buffers and frozen weights keep their own where training is seen to go on beside them: a
+    running mean or a frozen base in half precision could not be restored bit for bit.
+
+    Returns:
+        The training state's dtype of each key that is narrowed.
+    """
+    stored: dict[str, torch.dtype] = {}
+    for unit in decision.due:
+        if unit.kind == STEP:
+            continue
+        for key in state.units[unit]:
+            dtype = state.shapes[key].dtype
+            if dtype is None or not dtype.is_floating_point:
+                continue
+            if unit.kind == WEIGHT and state.trained and key not in state.trained:
+                continue
+            wanted = policy.storage_dtype(unit, dtype)
+            if wanted != dtype:
+                stored[key] = wanted
+    for item in (item for plan in plans for item in plan.items) if stored else ():
+        if item.index.fqn in stored and item.tensor_data is not None:
+            item.tensor_data.properties.dtype = stored[item.index.fqn]
+    return {key: str(state.shapes[key].dtype) for key in stored}
+
+
+def make_record(
+    decision: Decision,
+    state: State,
+    base: Base | None,
+    target: Location,
+    narrowed: Mapping[str, str],
+    policy: Policy,
+    save_id: str,
+) -> Record:
+    """Write down what this save is and where each unit's bytes come from."""
+    own = Origin(save_id, target.step, target.name, decision.request.index)
+    origins = {unit: decision.origins.get(unit, own) for unit in state.units}
+    earlier = base.record.narrowed if base and base.record else {}
+    kept = {
+        key: dtype for unit in decision.origins for key in state.units[unit] if (dtype := earlier.get(key))
+    }
+    crcs = base.record.crcs if base and base.record else {}
+    parent_time = base.record.time if base and base.record else 0.0
+    return Record(
+        save_id=save_id,
+        step=target.step,
+        index=decision.request.index,
+        # Clocks of different machines disagree; a child must still come after its parent.
+        time=max(time.time(), parent_time + 1e-3),
+        policy=str(policy),
+        carry=decision.mode,
+        parent=base.origin if base else None,
+        units={unit: UnitRecord(origins[unit], keys) for unit, keys in state.units.items()},
+        narrowed={**narrowed, **kept},
+        ties=state.ties,
+        crcs={new: crcs[old] for old, new in decision.paths.items() if old in crcs},
+    )
+
+
+def assign(plans: list[SavePlan], save_id: str, chain: Chain, labels: Mapping[str, str]) -> list[SavePlan]:
+    """Tell every rank the save's id, in the names of its files, and what lives and dies together."""
+    return [
+        replace(
+            plan,
+            storage_data=_StoragePrefix(f"__{rank}_{save_id[:8]}_"),
+            planner_data=Assignment(save_id, chain, _only(labels, {i.index.fqn for i in plan.items})),
+        )
+        for rank, plan in enumerate(plans)
+    ]
+
+
+def _shapes(plans: Iterable[SavePlan]) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {}
+    holders: dict[str, int] = {}
+    for rank, plan in enumerate(plans):
+        for item in plan.items:
+            key, data = item.index.fqn, item.tensor_data
+            shape = _NO_TENSOR if data is None else Shape(data.size, data.properties.dtype)
+            if shapes.setdefault(key, shape) != shape:
+                raise ConflictingStateError(
+                    f"{key} is {_words(shapes[key])} on rank {holders[key]} but {_words(shape)} on rank {rank}; "
+                    f"every rank must hold a part of the same tensor."
+                )
+            holders.setdefault(key, rank)
+    return shapes
+
+
+_NO_TENSOR = Shape(None, None)
+
+
+def _words(shape: Shape) -> str:
+    return "no tensor" if shape.size is None else f"{tuple(shape.size)} {shape.dtype}"
+
+
+def _only(labels: Mapping[str, str], keys: set[str]) -> dict[str, str]:
+    return {key: labels[key] for key in keys if key in labels}

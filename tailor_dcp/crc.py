@@ -1,0 +1,125 @@
+"""CRC-32 of what is written, without reading the bytes a second time.
+
+``torch.save`` computes the CRC of the tensor's bytes for the zip archive that it writes. The
+CRC of the whole blob follows from it by arithmetic, so checksums cost next to nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import IO, Any
+
+_POLYNOMIAL = 0xEDB88320
+_LARGE = 1 << 16  # below this, computing is cheaper than looking up
+_CENTRAL = struct.Struct("<4s12xLLLHHH12x")  # signature, CRC, sizes, lengths of name, extra, comment
+_SIGNATURE = b"PK\x01\x02"
+
+
+def _multiply(a: int, b: int) -> int:
+    """Multiply two polynomials modulo the CRC's, bits reversed as CRC-32 has them."""
+    product, bit = 0, 1 << 31
+    while True:
+        if a & bit:
+            product ^= b
+            if not a & (bit - 1):
+                return product
+        bit >>= 1
+        b = (b >> 1) ^ _POLYNOMIAL if b & 1 else b >> 1
+
+
+def _powers() -> list[int]:
+    """Return x**(2**k) for k from 0 to 31; from there on they repeat."""
+    powers = [1 << 30]
+    for _ in range(31):
+        powers.append(_multiply(powers[-1], powers[-1]))
+    return powers
+
+
+_POWERS = _powers()
+
+
+def combine(first: int, second: int, length: int) -> int:
+    """Return the CRC of two stretches of bytes from the CRC of each.
+
+    Args:
+        first: CRC of the first stretch.
+        second: CRC of the second.
+        length: bytes in the second.
+    """
+    shift, k = 1 << 31, 3  # a byte is eight bits
+    while length:
+        if length & 1:
+            shift = _multiply(_POWERS[k & 31], shift)
+        length >>= 1
+        k += 1
+    return (_multiply(shift, first) if first else 0) ^ second
+
+
+class ChecksumStream(io.RawIOBase):
+    """Passes bytes on to a file and notes the CRC of each blob that DCP's writer puts there.
+
+    DCP flushes the stream after each blob; that is where one ends. ``blobs`` maps the offset
+    of each to its CRC.
+    """
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        super().__init__()
+        self._raw = raw
+        self._start = 0
+        self._pieces: list[bytes | memoryview] = []
+        self.blobs: dict[int, int] = {}
+
+    def writable(self) -> bool:
+        """Say that this stream can be written."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Write all of ``data``."""
+        view = memoryview(data).cast("B")
+        # A large view is the tensor itself, which outlives its blob: no copy is made of it.
+        self._pieces.append(view if len(view) >= _LARGE else bytes(view))
+        self._raw.write(view)
+        return len(view)
+
+    def tell(self) -> int:
+        """Return the position in the file."""
+        return self._raw.tell()
+
+    def fileno(self) -> int:
+        """Return the file's descriptor."""
+        return self._raw.fileno()
+
+    def flush(self) -> None:
+        """End a blob."""
+        if self._pieces:
+            self.blobs[self._start] = _crc_of(self._pieces)
+            self._start += sum(len(piece) for piece in self._pieces)
+            self._pieces = []
+        if not self._raw.closed:
+            self._raw.flush()
+
+
+def _crc_of(pieces: list[bytes | memoryview]) -> int:
+    known = dict(_archived(b"".join(p for p in pieces if isinstance(p, bytes))))
+    crc = 0
+    for piece in pieces:
+        if isinstance(piece, memoryview) and len(piece) in known:
+            crc = combine(crc, known[len(piece)], len(piece))
+        else:
+            crc = zlib.crc32(piece, crc)
+    return crc
+
+
+def _archived(framing: bytes) -> Iterator[tuple[int, int]]:
+    """Yield size and CRC of a zip archive's large records, from its central directory."""
+    at = framing.find(_SIGNATURE)
+    while 0 <= at <= len(framing) - _CENTRAL.size:
+        signature, crc, _, size, *lengths = _CENTRAL.unpack_from(framing, at)
+        if signature != _SIGNATURE:
+            return
+        if _LARGE <= size < 0xFFFFFFFF:
+            yield size, crc
+        at += _CENTRAL.size + sum(lengths)

@@ -1,0 +1,192 @@
+"""Which committed checkpoints this process's training state descends from.
+
+Only an ancestor may be carried from: a run that went back to step 100 must never mix with
+the abandoned step 120 that lies beside it. An ancestor is a folder *and* the id of the save
+that filled it, so a folder that was saved again is no ancestor any more.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from tailor_dcp import dcp_events
+from tailor_dcp.location import METADATA, Location, is_url, locate
+
+Stamp = tuple[int, int, int]
+"""Inode, modification time in ns and size of a ``.metadata``: the same stamp, the same content."""
+
+_LONGEST_CHAIN = 8  # a save whose eight last ancestors are all gone writes everything
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """A checkpoint that the training state descends from.
+
+    Known by the id of its save or, where a stock ``dcp.load`` was seen that tells none,
+    by the stamp that its ``.metadata`` had at that time.
+    """
+
+    folder: str
+    save_id: str | None = None
+    stamp: Stamp | None = None
+
+
+Chain = tuple[Ancestor, ...]
+"""Ancestors, newest first."""
+
+
+@dataclass(frozen=True)
+class _Branch:
+    chain: Chain
+    loaded_from: tuple[Path, int | None] | None  # run and step, if a load put it there
+
+
+_Key = tuple[Path, str]  # run and series
+Snapshot = dict[_Key, Chain]
+
+TOKEN_KEY = "train.token"
+"""Where ``TrainState`` and ``EngineState`` keep their token in a state dict."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """What a training state remembers about where it comes from; saved and loaded with it.
+
+    Attributes:
+        save_id: the id of the save that is being made of this state.
+        folder: the checkpoint being written, None where DCP did not tell it.
+        ancestors: the checkpoints that the state descends from.
+    """
+
+    save_id: str
+    folder: str | None
+    ancestors: Chain
+
+    @property
+    def chain(self) -> Chain:
+        """The ancestors of whatever is saved after this save."""
+        if self.folder is None:
+            return self.ancestors
+        return extend(self.ancestors, Ancestor(self.folder, self.save_id))
+
+    def to_json(self) -> str:
+        """Return the token as DCP stores it: one string, so that it stays one entry."""
+        ancestors = [[a.folder, a.save_id] for a in self.ancestors if a.save_id]
+        return json.dumps({"save_id": self.save_id, "folder": self.folder, "ancestors": ancestors})
+
+    @classmethod
+    def from_json(cls, text: object) -> Token | None:
+        """Read a token; None if it is none, for a damaged token only costs a full save."""
+        try:
+            raw = json.loads(text)  # type: ignore[arg-type]
+            save_id, folder = raw["save_id"], raw["folder"]
+            chain = tuple(Ancestor(str(f), str(i)) for f, i in raw["ancestors"])
+        except (TypeError, ValueError, KeyError):
+            return None
+        return cls(str(save_id), None if folder is None else str(folder), chain)
+
+
+def new_save_id() -> str:
+    """Return a random id for a save: 32 hex digits."""
+    return uuid.uuid4().hex
+
+
+_claimed: set[str] = set()
+
+
+def claim(save_id: str | None) -> str:
+    """Return the id for a save: the given one unless this process has used it, else a new one.
+
+    A state dict that is saved twice brings the same token twice, but a save's id is its own.
+    """
+    with _lock:
+        fresh = new_save_id() if save_id is None or save_id in _claimed else save_id
+        _claimed.add(fresh)
+    return fresh
+
+
+_lock = threading.RLock()
+_branches: dict[_Key, _Branch] = {}
+_generation = 0
+_reading: dict[str, Stamp | None] = {}
+
+
+def stamp_of(folder: str | Path) -> Stamp | None:
+    """Return the stamp of a folder's ``.metadata``, None if it is not committed."""
+    try:
+        status = (Path(folder) / METADATA).stat()
+    except OSError:
+        return None
+    return (status.st_ino, status.st_mtime_ns, status.st_size)
+
+
+def extend(chain: Chain, newest: Ancestor) -> Chain:
+    """Return ``chain`` with one more, newest, ancestor."""
+    return (newest, *(a for a in chain if a != newest))[:_LONGEST_CHAIN]
+
+
+def saved(location: Location, save_id: str, chain: Chain) -> None:
+    """Remember a save and what it descends from; whether it was committed is looked up when it matters."""
+    newest = Ancestor(str(location.folder), save_id)
+    with _lock:
+        _branches[location.run, location.series] = _Branch(extend(chain, newest), None)
+
+
+def snapshot() -> Snapshot:
+    """Return what each series of each run descends from, as far as this process knows."""
+    with _lock:
+        return {key: branch.chain for key, branch in _branches.items()}
+
+
+def forget() -> None:
+    """Forget what was saved and loaded: the next save with ``base="auto"`` writes everything.
+
+    Call it when the training state no longer descends from the last save or load, for
+    example after weights were set by other means than DCP.
+    """
+    global _generation
+    with _lock:
+        _branches.clear()
+        _generation += 1
+
+
+def generation() -> int:
+    """Return a number that grows whenever a load, or ``forget``, may have changed the training state."""
+    return _generation
+
+
+def _reading_starts(checkpoint_id: str | None) -> None:
+    """From here on the training state is being overwritten: what was known no longer holds."""
+    global _generation
+    with _lock:
+        _generation += 1
+        if checkpoint_id is None or is_url(checkpoint_id):
+            _branches.clear()
+            return
+        here = locate(checkpoint_id)
+        for key, branch in list(_branches.items()):
+            # Accelerate loads one step's checkpoint as several series, one after another.
+            if branch.loaded_from != (here.run, here.step) or key == (here.run, here.series):
+                del _branches[key]
+        _reading[checkpoint_id] = stamp_of(checkpoint_id)
+
+
+def _reading_ends(checkpoint_id: str | None) -> None:
+    if checkpoint_id is None or is_url(checkpoint_id):
+        return
+    here = locate(checkpoint_id)
+    with _lock:
+        before, after = _reading.pop(checkpoint_id, None), stamp_of(checkpoint_id)
+        if after is not None and after == before:
+            ancestor = Ancestor(str(here.folder), stamp=after)
+            _branches[here.run, here.series] = _Branch((ancestor,), (here.run, here.step))
+
+
+# `read_data` is the innermost step of every load of DCP's, the deprecated calls included.
+dcp_events.subscribe("read_data", "start", _reading_starts)
+dcp_events.subscribe("read_data", "end", _reading_ends)
+dcp_events.start_listening()

@@ -1,0 +1,72 @@
+"""Where a checkpoint folder stands: its run, its step, its series. Pure arithmetic on paths."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+_DEEPEST_SERIES = 2  # higher up, a number is somebody's home, not a step
+
+METADATA = ".metadata"
+"""A checkpoint is committed when the file of this name exists in its folder."""
+
+_STEP_NAME = re.compile(r"(?:(?:global_?step|step|checkpoint)[-_=]?)?(\d+)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Location:
+    """A checkpoint's place in its run.
+
+    Attributes:
+        folder: the checkpoint's absolute path.
+        run: the folder whose sub-folders are the checkpoints of one training run.
+        step: the training step that the folder's name tells, None if it tells none.
+        series: what lies between the step's folder and the checkpoint (``optimizer_0`` in
+            Accelerate's ``checkpoint-200/optimizer_0``); empty for most.
+    """
+
+    folder: Path
+    run: Path
+    step: int | None
+    series: str
+
+    @property
+    def name(self) -> str:
+        """The checkpoint as people call it: its path within the run."""
+        return self.folder.relative_to(self.run).as_posix()
+
+    def sibling(self, folder: Path) -> Path:
+        """Return where ``folder``, a checkpoint of this series in a run that was moved, would be now."""
+        return self.run / locate(folder).name
+
+
+def is_url(checkpoint_id: str | os.PathLike[str]) -> bool:
+    """Tell an object store's address from a local path."""
+    return "://" in os.fspath(checkpoint_id)
+
+
+def locate(checkpoint_id: str | os.PathLike[str]) -> Location:
+    """Find run, step and series of a checkpoint folder from its name.
+
+    The step is the integer of the nearest folder name of the form ``step-N``,
+    ``checkpoint-N`` or ``global_stepN`` (any of ``-_=`` or nothing between), or all digits.
+    """
+    folder = Path(os.path.abspath(checkpoint_id))  # noqa: PTH100 - resolve() would lose the step's name
+    for place in (folder, *list(folder.parents)[:_DEEPEST_SERIES]):
+        found = _STEP_NAME.fullmatch(place.name)
+        if found:
+            series = folder.relative_to(place).as_posix()
+            return Location(folder, place.parent, int(found[1]), "" if series == "." else series)
+    return Location(folder, folder.parent, None, "")
+
+
+def same_folder(a: Path, b: Path) -> bool:
+    """Tell whether two paths lead to one folder, symbolic links followed."""
+    return os.path.realpath(a) == os.path.realpath(b)
+
+
+def is_within(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> bool:
+    """Tell whether ``path`` lies inside ``root`` once every ``..`` and symbolic link is resolved."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))

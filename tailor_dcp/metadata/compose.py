@@ -1,0 +1,116 @@
+"""Composing: the metadata of a checkpoint whose bytes come from several saves. Pure arithmetic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+
+from tailor_dcp.metadata.record import ATTRIBUTE
+
+StorageData = dict[MetadataIndex, _StorageInfo]
+Blobs = dict[str, list[tuple[MetadataIndex, _StorageInfo]]]
+"""The stored blobs of each key of a state dict."""
+
+
+class Shape(NamedTuple):
+    """What must agree between two saves of one tensor. ``None`` twice for what is no tensor."""
+
+    size: torch.Size | None
+    dtype: torch.dtype | None
+
+    @property
+    def bytes(self) -> int:
+        """The whole tensor's size over all ranks; 0 for what is no tensor."""
+        if self.size is None or self.dtype is None:
+            return 0
+        return math.prod(self.size) * self.dtype.itemsize
+
+
+def shape_of(entry: STORAGE_TYPES) -> Shape:
+    """Return the global size and stored dtype of a key."""
+    if isinstance(entry, TensorStorageMetadata):
+        return Shape(entry.size, entry.properties.dtype)
+    return Shape(None, None)
+
+
+def blobs_by_key(metadata: Metadata) -> Blobs:
+    """Group a checkpoint's stored blobs by the key that they belong to."""
+    grouped: Blobs = {key: [] for key in metadata.state_dict_metadata}
+    for index, info in metadata.storage_data.items():
+        grouped.setdefault(index.fqn, []).append((index, info))
+    return grouped
+
+
+def file_sizes(blobs: Iterable[tuple[MetadataIndex, _StorageInfo]]) -> dict[str, int]:
+    """Return how long each file must at least be to hold the given blobs."""
+    sizes: dict[str, int] = {}
+    for _, info in blobs:
+        end = info.offset + info.length
+        if end > sizes.get(info.relative_path, -1):
+            sizes[info.relative_path] = end
+    return sizes
+
+
+def rebase(
+    blobs: Iterable[tuple[MetadataIndex, _StorageInfo]], paths: Mapping[str, str]
+) -> Iterable[tuple[MetadataIndex, _StorageInfo]]:
+    """Return the blobs as they are found under new paths."""
+    for index, info in blobs:
+        yield (
+            index,
+            _StorageInfo(paths[info.relative_path], info.offset, info.length, info.transform_descriptors),
+        )
+
+
+def uncovered(metadata: Metadata) -> list[str]:
+    """Return one sentence for each tensor whose chunks do not add up to the whole.
+
+    DCP checks this only when several ranks save.
+    """
+    problems = []
+    for key, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        held, whole = sum(math.prod(chunk.sizes) for chunk in entry.chunks), math.prod(entry.size)
+        if held != whole:
+            problems.append(
+                f"{key} of size {tuple(entry.size)} has chunks for {held} of its {whole} elements"
+            )
+    return problems
+
+
+class CompositeMetadata(Metadata):
+    """A plain ``Metadata`` that takes in carried entries when the writer sets ``storage_data``.
+
+    DCP's writers know only what they wrote themselves: their ``finish`` assigns
+    ``storage_data`` and then pickles the object. No hook of the planner runs in between, so
+    the object itself adds the carried entries. It pickles as a plain ``Metadata``: whoever
+    reads it needs nothing of this package.
+    """
+
+    _carried: StorageData
+
+    def __init__(self, plain: Metadata, carried: StorageData, record: dict[str, Any]) -> None:
+        super().__init__(plain.state_dict_metadata)
+        self.__dict__.update(plain.__dict__)
+        self.__dict__["_carried"] = carried
+        self.__dict__[ATTRIBUTE] = record
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "storage_data" and isinstance(value, dict):
+            value = {**value, **self._carried}
+        super().__setattr__(name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_carried", "state_dict_metadata")}
+        return (Metadata, (self.state_dict_metadata,), state)

@@ -1,0 +1,205 @@
+"""The record: what a checkpoint's ``Metadata`` tells about itself beyond what DCP needs.
+
+It rides along as the extra attribute ``tailor`` of plain builtins, which stock DCP pickles
+and ignores. The serialised form is the contract, not these classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch.distributed.checkpoint.metadata import Metadata
+
+from tailor_dcp.errors import UnreadableMetadataError
+from tailor_dcp.units import Unit
+
+ATTRIBUTE = "tailor"
+FORMAT = 1
+
+CarryMode = Literal["link", "reference", "copy"]
+
+
+class Origin(NamedTuple):
+    """The save whose training state a unit's bytes hold.
+
+    Attributes:
+        save_id: that save's id.
+        step: its step, None if its folder's name told none.
+        folder: its folder as it was called then; a name for people, never a path to open.
+        index: how many saves came before it in its line of ancestors.
+    """
+
+    save_id: str
+    step: int | None
+    folder: str
+    index: int
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """Where one unit's bytes come from, and which keys of the state dict belong to it."""
+
+    origin: Origin
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a checkpoint tells about itself.
+
+    Attributes:
+        save_id: the coordinator's random id of this save (32 hex digits).
+        step: the training step, from the folder's name.
+        index: how many saves came before this one in its line of ancestors.
+        time: when it was planned, seconds since the epoch; always later than its parent's.
+        policy: the policy as a string.
+        carry: how earlier bytes are referred to.
+        parent: the save it carries from, or would have; None for the first.
+        units: each unit's origin and keys.
+        narrowed: the training state's dtype of each key that was stored in a narrower one.
+        ties: groups of keys that share one storage in the training state.
+        crcs: CRC-32 of blobs: file, then offset. Only ``LayerwiseWriter`` fills it.
+    """
+
+    save_id: str
+    step: int | None
+    index: int
+    time: float
+    policy: str
+    carry: CarryMode
+    parent: Origin | None
+    units: Mapping[Unit, UnitRecord]
+    narrowed: Mapping[str, str] = field(default_factory=dict)
+    ties: tuple[tuple[str, ...], ...] = ()
+    crcs: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+
+    def origin(self, step_folder: str) -> Origin:
+        """Return this save as the origin of what it wrote."""
+        return Origin(self.save_id, self.step, step_folder, self.index)
+
+    def to_builtins(self) -> dict[str, Any]:
+        """Return the serialised form. Origins are listed once: thousands of units share a handful."""
+        origins = list(dict.fromkeys(u.origin for u in self.units.values()))
+        number = {origin: i for i, origin in enumerate(origins)}
+        layers: dict[str, dict[str, list[Any]]] = {}
+        for unit, held in self.units.items():
+            layers.setdefault(unit.layer, {})[unit.kind] = [number[held.origin], list(held.keys)]
+        return {
+            "format": FORMAT,
+            "save_id": self.save_id,
+            "step": self.step,
+            "index": self.index,
+            "time": self.time,
+            "policy": self.policy,
+            "carry": self.carry,
+            "parent": None if self.parent is None else list(self.parent),
+            "origins": [list(origin) for origin in origins],
+            "units": layers,
+            "narrowed": dict(self.narrowed),
+            "ties": [list(group) for group in self.ties],
+            "crcs": {file: dict(blobs) for file, blobs in self.crcs.items()},
+        }
+
+
+class _Serialised(BaseModel):
+    """Every field's type, checked strictly: a record may come from anybody."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    save_id: str
+    step: int | None
+    index: int
+    time: float
+    policy: str
+    carry: CarryMode
+    parent: list[str | int | None] | None
+    origins: list[list[str | int | None]]
+    units: dict[str, dict[str, list[Any]]]
+    narrowed: dict[str, str] = {}
+    ties: list[list[str]] = []
+    crcs: dict[str, dict[int, int]] = {}
+
+
+def from_builtins(raw: object, source: str) -> Record:
+    """Build the record from its serialised form.
+
+    Raises:
+        UnreadableMetadataError: it is damaged, or of a newer format than this version knows.
+    """
+    version = raw.get("format") if isinstance(raw, dict) else None
+    if version != FORMAT:
+        raise UnreadableMetadataError(
+            f"{source} holds a tailor_dcp record of format {version!r}, but this version reads only "
+            f"format {FORMAT}; plain dcp.load still reads the checkpoint."
+        )
+    try:
+        s = _Serialised.model_validate(raw)
+        origins = [_origin(o) for o in s.origins]
+        units = {
+            Unit(layer, kind): UnitRecord(origins[_index(number)], _strings(keys))
+            for layer, kinds in s.units.items()
+            for kind, (number, keys) in kinds.items()
+        }
+        parent = None if s.parent is None else _origin(s.parent)
+    except (ValidationError, ValueError, TypeError, IndexError) as error:
+        raise UnreadableMetadataError(
+            f"{source} holds a damaged tailor_dcp record ({_first_line(error)}); plain dcp.load may still "
+            f"read the checkpoint, but nothing can be carried from it."
+        ) from error
+    return Record(
+        save_id=s.save_id,
+        step=s.step,
+        index=s.index,
+        time=s.time,
+        policy=s.policy,
+        carry=s.carry,
+        parent=parent,
+        units=units,
+        narrowed=s.narrowed,
+        ties=tuple(tuple(group) for group in s.ties),
+        crcs=s.crcs,
+    )
+
+
+def record_of(metadata: Metadata, source: str) -> Record | None:
+    """Return the record that a checkpoint's metadata carries, None if a stock planner wrote it."""
+    raw = getattr(metadata, ATTRIBUTE, None)
+    return None if raw is None else from_builtins(raw, source)
+
+
+def save_id_of(metadata: Metadata) -> str | None:
+    """Return the id of the save that wrote this metadata; stock writers leave one too."""
+    raw = getattr(metadata, ATTRIBUTE, None)
+    if isinstance(raw, dict):
+        save_id = raw.get("save_id")
+    else:
+        save_id = getattr(metadata.storage_meta, "save_id", None)
+    return save_id if isinstance(save_id, str) else None
+
+
+def _origin(raw: Iterable[str | int | None]) -> Origin:
+    save_id, step, folder, index = raw
+    if not (isinstance(save_id, str) and isinstance(folder, str) and isinstance(index, int)):
+        raise TypeError(f"{raw!r} is no origin")
+    if isinstance(step, str):
+        raise TypeError(f"{step!r} is no step")
+    return Origin(save_id, step, folder, index)
+
+
+def _index(number: object) -> int:
+    if not isinstance(number, int) or number < 0:
+        raise TypeError(f"{number!r} is no index of an origin")
+    return number
+
+
+def _strings(keys: object) -> tuple[str, ...]:
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise TypeError("the keys of a unit are not strings")
+    return tuple(keys)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -1,0 +1,256 @@
+"""``LayerwisePlanner``: a DCP save planner that writes what is due and carries the rest."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch.distributed.checkpoint import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import _StoragePrefix
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
+
+from tailor_dcp import base as bases
+from tailor_dcp import dcp_events, lineage, sweep
+from tailor_dcp.base import Base
+from tailor_dcp.coordination import Assignment, RankInfo, assign, gather, keep_due, make_record, narrow
+from tailor_dcp.decision import Decision, Rules, decide
+from tailor_dcp.errors import ConflictingStateError, SaveRefusedError, TailorWarning
+from tailor_dcp.layers import LayerMap
+from tailor_dcp.lineage import TOKEN_KEY, Chain, Token
+from tailor_dcp.location import is_url, locate
+from tailor_dcp.metadata.compose import CompositeMetadata, uncovered
+from tailor_dcp.metadata.record import Record
+from tailor_dcp.policies import Policy, parse_policy
+from tailor_dcp.selection import State, cohorts
+from tailor_dcp.ties import find_ties
+
+Carry = Literal["auto", "link", "reference", "copy"]
+REST = "rest"
+"""The cohort of what is written in every save."""
+
+
+class LayerwisePlanner(DefaultSavePlanner):
+    """Writes the (layer, kind) units that a policy finds due; the checkpoint is complete all the same.
+
+    The folder's ``.metadata`` maps everything else to bytes of earlier steps, so plain
+    ``dcp.load`` reads it, at any world size, without this package.
+
+    Args:
+        policy: a policy, the string it is written as (``"moments:every=5,weights=bf16"``), or
+            any callable that takes a ``SaveRequest`` and returns the due units.
+        base: ``"auto"`` carries from what this training state was last saved to or loaded
+            from, and never stops training; a folder is carried from and must be a committed
+            checkpoint; None writes everything.
+        carry: ``link`` hard-links earlier files into the new folder, which makes it
+            self-contained; ``reference`` only points at them; ``copy`` copies them.
+            ``auto`` is ``link``.
+        full_every: every so many saves, write everything; None for never.
+        layers: how keys are grouped into layers.
+        dedup_save_to_lowest_rank: as in DCP's ``DefaultSavePlanner``.
+        enable_plan_caching: must stay False. DCP would write the first save's selection again.
+
+    Raises:
+        PolicyError: the policy's string is wrong.
+        BaseError: an explicit ``base`` is not a committed checkpoint.
+        SaveRefusedError: plan caching was asked for.
+    """
+
+    def __init__(
+        self,
+        policy: Policy | str | Any,
+        base: str | os.PathLike[str] | None = "auto",
+        carry: Carry = "auto",
+        full_every: int | None = None,
+        *,
+        layers: LayerMap | None = None,
+        dedup_save_to_lowest_rank: bool = False,
+        enable_plan_caching: bool = False,
+    ) -> None:
+        if enable_plan_caching:
+            raise SaveRefusedError(
+                "enable_plan_caching=True is refused: DCP would write the first save's selection in every "
+                "later save. Leave it off; planning a layer-wise save costs less than a stock one anyway."
+            )
+        if carry not in ("auto", "link", "reference", "copy"):
+            raise SaveRefusedError(f"carry={carry!r} is unknown; use auto, link, reference or copy.")
+        if full_every is not None and full_every < 1:
+            raise SaveRefusedError(
+                f"full_every={full_every} makes no sense; use 1 or more, or None for never."
+            )
+        super().__init__(dedup_save_to_lowest_rank=dedup_save_to_lowest_rank)
+        self._base = Path(base) if base not in ("auto", None) else base
+        if isinstance(self._base, Path):
+            bases.check_explicit(self._base)
+        self._rules = Rules(
+            policy=parse_policy(policy),
+            mode="link" if carry == "auto" else carry,
+            full_every=full_every,
+            layers=layers or LayerMap(),
+            explicit=isinstance(self._base, Path),
+        )
+        self._pid = os.getpid()
+        self._snapshot = lineage.snapshot()
+        self._target = locate(".")
+        self._remote = True
+        self._assignment: Assignment | None = None
+
+    @property
+    def policy(self) -> Policy:
+        """The policy that decides what is due."""
+        return self._rules.policy
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Take along what this process knows: another process's own memory is never consulted."""
+        self._refresh()
+        return self.__dict__.copy()
+
+    # Every rank ------------------------------------------------------------------------
+
+    def set_up_planner(
+        self,
+        state_dict: dict[str, Any],
+        storage_meta: StorageMeta | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
+        """Flatten the state and note which folder is being written. Nothing on disk is touched."""
+        super().set_up_planner(state_dict, storage_meta, is_coordinator)
+        checkpoint_id = storage_meta.checkpoint_id if storage_meta else None
+        self._remote = checkpoint_id is None or is_url(checkpoint_id)
+        self._target = locate(str(checkpoint_id).partition("://")[2] if self._remote else checkpoint_id)
+        self._assignment = None
+        self._refresh()
+
+    def create_local_plan(self) -> SavePlan:
+        """Plan this rank's items as DCP does, and find the tied parameters among them."""
+        plan = super().create_local_plan()
+        info = RankInfo(self.mappings, tuple(find_ties(self.state_dict)))
+        return replace(plan, planner_data=info)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        """Take over what the coordinator decided.
+
+        Raises:
+            SaveRefusedError: the writer does not keep the file names that make carrying safe.
+        """
+        if not isinstance(new_plan.storage_data, _StoragePrefix):
+            raise SaveRefusedError(
+                "LayerwisePlanner saves through FileSystemWriter or LayerwiseWriter; this writer would write "
+                "the due layers alone as if they were everything. Save with one of those two."
+            )
+        assignment = new_plan.planner_data
+        if not isinstance(assignment, Assignment):
+            raise SaveRefusedError(
+                "The coordinator saves with another planner than this rank; use one on all."
+            )
+        if not self._remote:
+            lineage.saved(self._target, assignment.save_id, assignment.chain)
+        self._assignment = assignment
+        return super().finish_plan(replace(new_plan, planner_data=self.mappings))
+
+    def transform_object(self, write_item: WriteItem, object: Any) -> Any:
+        """Narrow a tensor that is stored in another dtype than the training state's."""
+        if write_item.type != WriteItemType.BYTE_IO and write_item.tensor_data is not None:
+            return object.to(write_item.tensor_data.properties.dtype)
+        return super().transform_object(write_item, object)
+
+    def cohort(self, key: str) -> str:
+        """Return the label of the keys that live and die together on disk with this one."""
+        return self._assignment.cohorts.get(key, REST) if self._assignment else REST
+
+    # The coordinator -------------------------------------------------------------------
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """Decide what is due, carry the rest, and compose the metadata of both.
+
+        Raises:
+            ConflictingStateError: ranks disagree about a tensor, or do not cover it.
+            SaveRefusedError: DCP was told to save without collectives.
+            PolicyError: the policy returned a unit that does not exist.
+            BaseError: an explicit base is unusable.
+        """
+        if any(plan.storage_data is not None for plan in all_plans):
+            raise SaveRefusedError(
+                "use_collectives=False is refused: every rank would decide alone what is due and their "
+                "choices could differ. Leave use_collectives on; the choice itself costs no collective."
+            )
+        infos: list[RankInfo] = [plan.planner_data for plan in all_plans]
+        plans = [replace(p, planner_data=i.paths) for p, i in zip(all_plans, infos, strict=True)]
+        token = self._token()
+        save_id = lineage.claim(token.save_id if token else None)
+        chain = self._ancestors(token)
+        base = self._find_base(chain)
+        state = gather(plans, infos, self._rules.layers, base)
+        self._warn_if_nothing_can_be_carried(state)
+        leftovers = set() if self._remote else sweep.leftovers(self._target.folder)
+        decision = decide(state, base, self._target, self._rules)
+        narrowed = narrow(plans, decision, state, self.policy)
+        due_plans, metadata = super().create_global_plan(keep_due(plans, decision, state))
+        problems = uncovered(metadata)
+        if problems:
+            raise ConflictingStateError(f"{problems[0]}; save from all the ranks that hold the rest.")
+        record = make_record(decision, state, base, self._target, narrowed, self.policy, save_id)
+        self.metadata = self._compose(metadata, base, decision, state, record)
+        sweep.after_commit(self._target, leftovers, self.metadata)
+        labels = cohorts(self.policy, decision.request, state)
+        return assign(due_plans, save_id, _after(chain, base), labels), self.metadata
+
+    def _compose(
+        self, metadata: Metadata, base: Base | None, decision: Decision, state: State, record: Record
+    ) -> CompositeMetadata:
+        """Put carried and written keys together, in the order of the state dict."""
+        keys = dict(metadata.state_dict_metadata)
+        if base is not None:
+            for unit in decision.origins:
+                keys.update({key: base.metadata.state_dict_metadata[key] for key in state.units[unit]})
+        metadata.state_dict_metadata = {key: keys[key] for key in state.shapes}
+        return CompositeMetadata(metadata, decision.entries, record.to_builtins())
+
+    def _token(self) -> Token | None:
+        return Token.from_json(self.state_dict.get(TOKEN_KEY))
+
+    def _ancestors(self, token: Token | None) -> Chain:
+        """Return what this state descends from, by its own token or by what the process saw."""
+        if token is not None:
+            return token.ancestors
+        known = self._snapshot.get((self._target.run, self._target.series), ())
+        if known and not dcp_events.listening():
+            self._warn("Logging is switched off, so a load through DCP would go unseen")
+            return ()
+        return known
+
+    def _find_base(self, chain: Chain) -> Base | None:
+        if self._base is None or self._remote:
+            return None
+        if isinstance(self._base, Path):
+            return bases.open_explicit(self._base, self._target)
+        if self._target.step is None:
+            self._warn("The folder's name tells no step (step-200, checkpoint-200 or 200 would)")
+            return None
+        return bases.find(chain, self._target)
+
+    def _warn_if_nothing_can_be_carried(self, state: State) -> None:
+        if self._remote:
+            self._warn("Carrying needs a local folder so far")
+        elif not state.units:
+            self._warn("No parameter was recognised in the state dict")
+
+    def _warn(self, reason: str) -> None:
+        warnings.warn(f"{reason}; {self._target.folder} is written as a whole.", TailorWarning, stacklevel=3)
+
+    def _refresh(self) -> None:
+        """Look again at what this process saved and loaded; a pickled planner brings its own view."""
+        if self._pid == os.getpid():
+            self._snapshot = lineage.snapshot()
+
+
+def _after(chain: Chain, base: Base | None) -> Chain:
+    """Return the ancestors with the base among them under its save's id."""
+    if base is None:
+        return chain
+    mine = base.ancestor
+    kept = tuple(mine if ancestor.folder == mine.folder else ancestor for ancestor in chain)
+    return kept if mine in kept else (*kept, mine)

@@ -1,0 +1,75 @@
+"""Sweeping: removing the files of earlier saves into a folder once a new save is committed there."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from torch.distributed.checkpoint.metadata import Metadata
+
+from tailor_dcp import dcp_events
+from tailor_dcp.carry import CARRIED, prune_empty
+from tailor_dcp.errors import TailorError
+from tailor_dcp.location import METADATA, Location, same_folder
+from tailor_dcp.metadata.safe_pickle import read
+
+_DATA_FILE = re.compile(r"__\d+_.*\.distcp")
+
+_lock = threading.Lock()
+_pending: dict[str, tuple[Location, set[str], Metadata]] = {}
+
+
+def leftovers(folder: Path) -> set[str]:
+    """Return the data files that lie in a folder before a save into it begins, by relative path."""
+    own = {path.name for path in folder.glob("*.distcp") if _DATA_FILE.fullmatch(path.name)}
+    return own | {path.relative_to(folder).as_posix() for path in (folder / CARRIED).glob("*/*")}
+
+
+def after_commit(location: Location, old: set[str], metadata: Metadata) -> None:
+    """Remove ``old`` files as soon as DCP says that ``metadata`` is committed, never before."""
+    if old:
+        with _lock:
+            _pending[str(location.folder)] = (location, old, metadata)
+
+
+def referring_files(location: Location) -> set[Path]:
+    """Return the files inside a checkpoint that other checkpoints of its run refer to.
+
+    Raises:
+        TailorError: one of them cannot be read, so it may refer to anything.
+    """
+    files: set[Path] = set()
+    for path in location.run.glob(f"**/{METADATA}"):
+        if not same_folder(path.parent, location.folder):
+            files |= {(path.parent / name).resolve() for name in _names(read(path)) if ".." in name}
+    return files
+
+
+def _names(metadata: Metadata) -> set[str]:
+    return {info.relative_path for info in metadata.storage_data.values()}
+
+
+def _committed(checkpoint_id: str | None) -> None:
+    with _lock:
+        found = _pending.pop(str(checkpoint_id), None)
+    if found:
+        location, old, metadata = found
+        _sweep(location, old - _names(metadata))
+
+
+def _sweep(location: Location, dead: Iterable[str]) -> None:
+    try:
+        in_use = referring_files(location)
+    except TailorError:
+        return
+    for name in dead:
+        if (location.folder / name).resolve() not in in_use:
+            with suppress(OSError):
+                (location.folder / name).unlink()
+    prune_empty(location.folder / CARRIED)
+
+
+dcp_events.subscribe("finish_checkpoint", "end", _committed)

@@ -1,0 +1,44 @@
+"""Fixtures shared by all tests, and how hard Hypothesis tries."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tailor_dcp import lineage
+from tests.support.fleet import Fleet
+
+_LONG = bool(os.environ.get("TAILOR_TEST_LONG"))
+settings.register_profile(
+    "tailor",
+    deadline=None,  # machines are noisy, and saving is I/O
+    max_examples=200 if _LONG else 25,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    print_blob=True,
+)
+settings.load_profile("tailor")
+
+
+@pytest.fixture(autouse=True)
+def _no_past() -> None:
+    """Let no test see what an earlier one saved or loaded."""
+    lineage.forget()
+
+
+@pytest.fixture(scope="session")
+def fleet() -> Iterator[Fleet]:
+    """Four processes that save."""
+    workers = Fleet(4)
+    yield workers
+    workers.close()
+
+
+@pytest.fixture(scope="session")
+def stock_fleet() -> Iterator[Fleet]:
+    """Two processes that know only stock torch: importing tailor_dcp fails in them."""
+    workers = Fleet(2, stock=True)
+    yield workers
+    workers.close()

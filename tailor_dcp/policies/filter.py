@@ -45,9 +45,7 @@ class Filter(Policy):
         # alone would keep the bound too, but would never bring its units back together.
         always = self._always(request)
         return [
-            info.unit
-            for info in request.units
-            if info.unit in always or is_due(info, request.index, 0, self.every)
+            info.unit for info in request.units if info.unit in always or is_due(info, request.index, 0, self.every)
         ]
 
     def cohorts(self, request: SaveRequest) -> Mapping[Unit, str]:

@@ -40,8 +40,7 @@ class FromCallable(Policy):
         returned: object = self.function(request)
         if isinstance(returned, str) or not isinstance(returned, Iterable):
             raise PolicyError(
-                f"The policy {self} returned {shown(returned)}, "
-                "where units or (layer, kind) pairs were expected."
+                f"The policy {self} returned {shown(returned)}, where units or (layer, kind) pairs were expected."
             )
         return [self._unit(item) for item in returned]
 

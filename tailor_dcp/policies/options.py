@@ -95,7 +95,5 @@ def _rule(policy: type[Policy], option: str) -> tuple[TypeAdapter[Any], str | No
             f"The option {option} of the policy {policy.name!r} has a type that no text can be turned into "
             f"({type(error).__name__}), so it can only be given in Python."
         ) from error
-    described = (
-        extra.description for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, FieldInfo)
-    )
+    described = (extra.description for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, FieldInfo))
     return adapter, next(described, None)

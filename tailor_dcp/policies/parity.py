@@ -34,9 +34,7 @@ class Parity(Policy):
     def select(self, request: SaveRequest) -> Iterable[Unit]:
         """Return the group whose turn it is, and whatever would become too old."""
         group = deal(request.units, self.groups)
-        return [
-            info.unit for info in request.units if is_due(info, request.index, group[info.layer], self.groups)
-        ]
+        return [info.unit for info in request.units if is_due(info, request.index, group[info.layer], self.groups)]
 
     def cohorts(self, request: SaveRequest) -> Mapping[Unit, str]:
         """Label each unit with its layer's group."""

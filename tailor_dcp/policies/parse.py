@@ -43,17 +43,14 @@ def parse_policy(policy: str | Policy | Selector) -> Policy:
         _refuse_class(policy)
         return FromCallable(policy)
     raise PolicyError(
-        f"A policy is a string, a Policy or a function of the request, not {shown(policy)} "
-        f"({type(policy).__name__})."
+        f"A policy is a string, a Policy or a function of the request, not {shown(policy)} ({type(policy).__name__})."
     )
 
 
 def _refuse_class(function: object) -> None:
     # A class is callable too, but what it makes of a request is no selection.
     if isinstance(function, type) and issubclass(function, Policy):
-        raise PolicyError(
-            f"{function.__name__} is a policy's class, not a policy: pass {function.__name__}() instead."
-        )
+        raise PolicyError(f"{function.__name__} is a policy's class, not a policy: pass {function.__name__}() instead.")
 
 
 def _parsed(text: str) -> Policy:
@@ -84,8 +81,7 @@ def _policy_class(name: str) -> type[Policy]:
     if policy is None:
         known = sorted({*_OURS, *plugin_names()})
         raise PolicyError(
-            f"There is no policy {shown(name)}{_did_you_mean(name, known)}; "
-            f"the known ones are {', '.join(known)}."
+            f"There is no policy {shown(name)}{_did_you_mean(name, known)}; the known ones are {', '.join(known)}."
         )
     return policy
 
@@ -101,9 +97,7 @@ def _split_options(policy: type[Policy], text: str, rest: str) -> dict[str, str]
             )
         if option not in option_names(policy):
             meant = _did_you_mean(option, option_names(policy))
-            raise PolicyError(
-                f"The policy {policy.name!r} has no option {shown(option)}{meant}; {_offered(policy)}."
-            )
+            raise PolicyError(f"The policy {policy.name!r} has no option {shown(option)}{meant}; {_offered(policy)}.")
         if option in options:
             raise PolicyError(f"The policy {shown(text)} gives the option {option} twice.")
         options[option] = value
@@ -114,9 +108,7 @@ def _made(policy: type[Policy], values: dict[str, object]) -> Policy:
     for field in fields(policy):  # type: ignore[arg-type]  # a policy's class is a dataclass
         needed = field.init and field.default is MISSING and field.default_factory is MISSING
         if needed and field.name not in values:
-            raise PolicyError(
-                f"The policy {policy.name!r} needs its option {field.name}; {_offered(policy)}."
-            )
+            raise PolicyError(f"The policy {policy.name!r} needs its option {field.name}; {_offered(policy)}.")
     try:
         return policy(**values)
     except PolicyError:

@@ -45,9 +45,7 @@ def _imported(entry: EntryPoint) -> type[Policy]:
         found = entry.load()
     except Exception as error:  # an import runs the package's code, which may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise PolicyError(
-            f"The policy {entry.name!r} of {_described(entry)} cannot be imported ({reason})."
-        ) from error
+        raise PolicyError(f"The policy {entry.name!r} of {_described(entry)} cannot be imported ({reason}).") from error
     problem = _problem(entry.name, found)
     if problem is not None:
         raise PolicyError(f"The policy {entry.name!r} of {_described(entry)} cannot be used: {problem}.")

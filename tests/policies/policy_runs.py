@@ -41,8 +41,7 @@ class Layer:
 
     def infos(self) -> list[UnitInfo]:
         return [
-            UnitInfo(self.name, kind, self.bytes_of(kind), stack=self.stack, number=self.number)
-            for kind in self.kinds
+            UnitInfo(self.name, kind, self.bytes_of(kind), stack=self.stack, number=self.number) for kind in self.kinds
         ]
 
 
@@ -130,10 +129,7 @@ def stacks(draw: st.DrawFn, name: str) -> list[Layer]:
     layers = []
     for number in sorted(numbers):
         layers.append(block(number, name, kinds=of_kinds, size=size))
-        layers += [
-            Layer(f"{name}.{number}.mlp.experts.{e}", of_kinds, 2 * size, name, number)
-            for e in range(experts)
-        ]
+        layers += [Layer(f"{name}.{number}.mlp.experts.{e}", of_kinds, 2 * size, name, number) for e in range(experts)]
     return layers
 
 

@@ -72,9 +72,7 @@ def test_a_pipeline_stage_counts_from_its_own_first_layer():
 
 
 def test_experts_count_with_their_block():
-    experts = [
-        made.Layer(f"model.layers.0.mlp.experts.{e}", stack="model.layers", number=0) for e in range(3)
-    ]
+    experts = [made.Layer(f"model.layers.0.mlp.experts.{e}", stack="model.layers", number=0) for e in range(3)]
     run = made.Run([*experts, made.block(0), made.block(1), made.block(2)])
     run.save(Filter(head=1, tail=0))
     due = {unit.layer for unit in run.save(Filter(head=1, tail=0))}

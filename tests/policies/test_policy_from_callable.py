@@ -37,9 +37,7 @@ def test_what_a_function_may_return(function):
     assert all(isinstance(unit, Unit) for unit in due)
 
 
-@pytest.mark.parametrize(
-    "returned", [None, 3, "lm_head", b"lm_head", [1], ["lm_head"], [("lm_head",)], [(1, 2)]]
-)
+@pytest.mark.parametrize("returned", [None, 3, "lm_head", b"lm_head", [1], ["lm_head"], [("lm_head",)], [(1, 2)]])
 def test_what_it_may_not_return(returned):
     def selector(request):
         return returned

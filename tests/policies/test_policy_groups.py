@@ -74,6 +74,16 @@ def test_largest_first_to_the_lightest_group():
     }
 
 
+def test_a_layer_weighs_what_its_units_weigh_together():
+    kinds = ("weight", "exp_avg", "exp_avg_sq")
+    layers = [
+        made.Layer("a", kinds, size=3),
+        made.Layer("b", ("weight",), size=8),
+        made.Layer("c", ("weight",), size=2),
+    ]
+    assert deal(_infos(layers), 2) == {"a": 0, "b": 1, "c": 1}
+
+
 def test_far_more_groups_than_layers_cost_nothing():
     """A mistyped number of groups is no memory error."""
     dealt = deal(_infos(made.llama(2)), 10**15)

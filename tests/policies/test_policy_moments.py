@@ -56,9 +56,7 @@ def test_step_goes_with_the_moments(layers, policy):
 def test_only_moments_count_for_balance():
     """A frozen embedding, however large, must not push the head out of its group."""
     frozen = made.Layer("model.embed_tokens", kinds=("weight",), size=10**9)
-    cohorts = Moments(every=2).cohorts(
-        made.Run([frozen, made.Layer("lm_head"), made.Layer("norm")]).request()
-    )
+    cohorts = Moments(every=2).cohorts(made.Run([frozen, made.Layer("lm_head"), made.Layer("norm")]).request())
     assert cohorts == {
         Unit("model.embed_tokens", "weight"): "weights",
         Unit("lm_head", "weight"): "weights",

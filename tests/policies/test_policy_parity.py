@@ -53,7 +53,5 @@ def test_cohorts_are_the_groups():
 
 @pytest.mark.parametrize("groups", [0, -1, 2.0, "2", None, True])
 def test_bad_groups(groups):
-    with pytest.raises(
-        PolicyError, match=r"groups=.* of the policy 'parity' .* a whole number, 1 or more\.$"
-    ):
+    with pytest.raises(PolicyError, match=r"groups=.* of the policy 'parity' .* a whole number, 1 or more\.$"):
         Parity(groups=groups)

@@ -99,9 +99,7 @@ def offer(tmp_path, monkeypatch):
         (info / "entry_points.txt").write_text("\n".join([f"[{GROUP}]", *lines]))
 
     yield install
-    for module in [
-        m for m, found in sys.modules.items() if str(tmp_path) in str(getattr(found, "__file__", ""))
-    ]:
+    for module in [m for m, found in sys.modules.items() if str(tmp_path) in str(getattr(found, "__file__", ""))]:
         del sys.modules[module]
 
 

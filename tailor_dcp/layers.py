@@ -60,9 +60,7 @@ def _compiled(patterns: tuple[str, ...]) -> tuple[re.Pattern[str], ...]:
         try:
             compiled.append(re.compile(pattern))
         except (re.error, TypeError) as error:
-            raise PolicyError(
-                f"The layer pattern {pattern!r} is not a regular expression: {error}."
-            ) from error
+            raise PolicyError(f"The layer pattern {pattern!r} is not a regular expression: {error}.") from error
     return tuple(compiled)
 
 
@@ -122,7 +120,7 @@ def _words(*words: str, parts: str = "(?!)") -> re.Pattern[str]:
 _STALE = "rng|random|seeds?|lr|sched|scaler|loss(?:es)?|metrics?"
 _STALE_STORE = "grads?|gradients?|stats|config|args|hparams|history|logs?"
 _STALE_PARTS = "scheduler|loader|sampler|dataset|param_group"
-_LOOP = "train|trainer|training|steps?|epochs?|iters?|iterations?|progress|generator"
+_LOOP = "train|trainer|training|steps?|epochs?|iters?|iterations?|progress"
 _MODEL = (
     "models?|modules?|nets?|networks?|ema|actor|critic|policy|student|teacher|backbone|discriminator|unet|vae"
     "|transformer|^state_dict$"
@@ -136,7 +134,7 @@ _ROLES = (
 # Within an FQN: what tells a training loop's or an averaging's tensor from a frozen parameter or a buffer.
 # Parameters with optimizer state are not asked.
 _TRAINING = _words(
-    _STALE, _LOOP, "opts?|state|decay|updates?|counts?|averaged", parts=f"{_STALE_PARTS}|optim"
+    _STALE, _LOOP, "opts?|state|generator|decay|updates?|counts?|averaged", parts=f"{_STALE_PARTS}|optim"
 )
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
@@ -289,16 +287,12 @@ def _weights(groups: Mapping[Path, list[_Named]], trained: Collection[str]) -> I
                 yield key, fqn
 
 
-def _model_among_others(
-    group: list[_Named], trained: Collection[str], *, top: bool
-) -> Iterator[tuple[str, str, bool]]:
+def _model_among_others(group: list[_Named], trained: Collection[str], *, top: bool) -> Iterator[tuple[str, str, bool]]:
     """Find a model whose names stand beside values of any sort, as at a flat state dict's top level."""
     parts = {name: name.short.partition(".") for name in group}
     roots = {head for name, (head, _, _) in parts.items() if name.short in trained}
     # "model.<fqn>" as one component: somebody joined namespace and FQN before the save.
-    joined = {
-        head for head, _, rest in parts.values() if rest in trained and _role(head) is _Role.MODEL
-    } - roots
+    joined = {head for head, _, rest in parts.values() if rest in trained and _role(head) is _Role.MODEL} - roots
     for (key, fqn, _), (head, _, rest) in parts.items():
         if head in joined:
             yield key, rest, True

@@ -117,9 +117,7 @@ class History:
     def save(self, model: Model, policy: str, ranks: int, **options: Any) -> None:
         self.clock += 10
         path = self.run / f"step-{self.clock}"
-        self.fleet.call(
-            "tests.support.world:save", model, self.clock, str(path), policy, ranks=ranks, **options
-        )
+        self.fleet.call("tests.support.world:save", model, self.clock, str(path), policy, ranks=ranks, **options)
         before = self.current.lineage if self.current else []
         saved = Saved(path, self.clock, model, policy, [*before, self.clock])
         self.saves.append(saved)
@@ -135,16 +133,12 @@ class History:
             if not saved.path.exists():
                 continue
             record = self.stock.one("tests.support.world:record", str(saved.path))
-            for loaded in self.stock.call(
-                "tests.support.world:load", saved.model, str(saved.path), ranks=ranks
-            ):
+            for loaded in self.stock.call("tests.support.world:load", saved.model, str(saved.path), ranks=ranks):
                 check(saved, loaded, record)
         newest = self.saves[-1]
         if newest.path.exists():
             record = self.stock.one("tests.support.world:record", str(newest.path))
-            converted = self.stock.one(
-                "tests.support.world:through_torch_save", str(newest.path), str(tmp / "all.pt")
-            )
+            converted = self.stock.one("tests.support.world:through_torch_save", str(newest.path), str(tmp / "all.pt"))
             check(newest, converted, record)
 
 
@@ -185,9 +179,7 @@ def test_every_checkpoint_holds_each_unit_as_it_was_at_its_origin(
         if action == "go back" and alive:
             history.go_back(data.draw(st.sampled_from(alive), label="to"), ranks)
         elif action == "delete" and len(alive) > 1:
-            victim = data.draw(
-                st.sampled_from([s for s in alive if s is not history.current]), label="victim"
-            )
+            victim = data.draw(st.sampled_from([s for s in alive if s is not history.current]), label="victim")
             shutil.rmtree(victim.path)
         history.save(model, policy, ranks, writer=writer, full_every=full_every)
     history.check_all(root, data.draw(st.integers(1, 2), label="loading ranks"))

@@ -8,16 +8,17 @@ importing tailor_dcp fail in them: what they load, anybody's torch loads.
 from __future__ import annotations
 
 import os
-import socket
+import pickle  # plain: torch's own way of sending tensors needs a shared secret
+import shutil
 import subprocess
 import sys
+import tempfile
 import traceback
 from importlib import import_module
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
-_KEY = b"fleet"
 _ROOT = Path(__file__).parents[2]
 
 
@@ -30,20 +31,19 @@ class Fleet:
 
     def __init__(self, size: int, stock: bool = False) -> None:
         self.size = size
-        listener = Listener(("127.0.0.1", 0), authkey=_KEY)
+        # A socket and a store with names of their own: ports would be raced for by tests that run side by side.
+        self._folder = tempfile.mkdtemp(prefix="fleet")
+        listener = Listener(f"{self._folder}/socket", "AF_UNIX")
         environment = {
             **os.environ,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
             "WORLD_SIZE": str(size),
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(_ROOT),
             "FLEET_STOCK": "1" if stock else "",
         }
-        command = [sys.executable, "-m", "tests.support.fleet", str(listener.address[1])]
+        command = [sys.executable, "-m", "tests.support.fleet", self._folder]
         self._processes = [
-            subprocess.Popen(command, env={**environment, "RANK": str(rank)}, cwd=_ROOT)
-            for rank in range(size)
+            subprocess.Popen(command, env={**environment, "RANK": str(rank)}, cwd=_ROOT) for rank in range(size)
         ]
         self._workers: list[Connection] = [None] * size  # type: ignore[list-item]
         for _ in range(size):
@@ -55,8 +55,8 @@ class Fleet:
         """Call ``module:function(group, *args)`` on the first ``ranks`` workers and return their results."""
         ranks = self.size if ranks is None else ranks
         for worker in self._workers[:ranks]:
-            worker.send((function, ranks, args, kwargs))
-        replies = [worker.recv() for worker in self._workers[:ranks]]
+            worker.send_bytes(pickle.dumps((function, ranks, args, kwargs)))
+        replies = [pickle.loads(worker.recv_bytes()) for worker in self._workers[:ranks]]
         failures = [text for failed, text in replies if failed]
         if failures:
             raise RemoteError(failures[0])
@@ -73,15 +73,10 @@ class Fleet:
         for process in self._processes:
             process.kill()
             process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _work(port: int) -> None:
+def _work(folder: str) -> None:
     import warnings
 
     import torch
@@ -91,23 +86,24 @@ def _work(port: int) -> None:
         sys.modules["tailor_dcp"] = None  # type: ignore[assignment]  # any import of it now fails
     warnings.filterwarnings("ignore", module="torch")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     # A group for each world size that a test may ask for; all ranks must take part in making them.
-    groups = {n: dist.new_group(list(range(n))) for n in range(1, dist.get_world_size() + 1)}
-    connection = Client(("127.0.0.1", port), authkey=_KEY)
-    connection.send(dist.get_rank())
+    groups = {n: dist.new_group(list(range(n))) for n in range(1, size + 1)}
+    connection = Client(f"{folder}/socket", "AF_UNIX")
+    connection.send(rank)
     while True:
         try:
-            function, ranks, args, kwargs = connection.recv()
-        except EOFError:
+            function, ranks, args, kwargs = pickle.loads(connection.recv_bytes())
+        except (EOFError, ConnectionError):
             return
         try:
             module, name = function.split(":")
             result = getattr(import_module(module), name)(groups[ranks], *args, **kwargs)
-            connection.send((False, result))
+            connection.send_bytes(pickle.dumps((False, result)))
         except BaseException:  # CheckpointException is no Exception
-            connection.send((True, traceback.format_exc()))
+            connection.send_bytes(pickle.dumps((True, traceback.format_exc())))
 
 
 if __name__ == "__main__":
-    _work(int(sys.argv[1]))
+    _work(sys.argv[1])

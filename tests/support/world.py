@@ -122,9 +122,7 @@ def flat(state_dict: dict[str, Any]) -> dict[str, Any]:
 # What workers are told to call -----------------------------------------------------------
 
 
-def save(
-    group: Any, model: Model, step: int, path: str, policy: Any, writer: str = "stock", **options: Any
-) -> None:
+def save(group: Any, model: Model, step: int, path: str, policy: Any, writer: str = "stock", **options: Any) -> None:
     """Save with our planner."""
     from tailor_dcp import LayerwisePlanner
     from tailor_dcp.writer import LayerwiseWriter

@@ -1,0 +1,1 @@
+"""Converters between checkpoint formats and tailor_dcp's layout."""

@@ -1,0 +1,221 @@
+"""What a save costs beside stock DCP: time on tmpfs and on disk, bytes written, rate of the writer.
+
+    python benchmarks/save.py [--ranks 2] [--pairs 20] [--place /dev/shm] [--json FILE]
+
+Each number is a ratio of interleaved pairs in one run; the ratio of stock DCP against itself
+stands beside it, for that is what the machine can tell apart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from benchmarks.harness import (
+    Work,
+    as_dict,
+    interleave,
+    llama_shapes,
+    machine,
+    rank,
+    ratio,
+    scratch,
+    tensor_bytes,
+    training_state,
+)
+from tailor_dcp import LayerwisePlanner, LayerwiseWriter, forget, inspect
+from tailor_dcp.inspection import Inspection
+
+SHAPES = llama_shapes(layers=10, hidden=768, vocab=16384)  # 96 M parameters: 1.15 GB with Adam's moments
+SELECTIVE = ("parity", "moments:every=5", "moments:every=5,weights=bf16", "filter:head=1,tail=1,every=5")
+QUIET = 0.05  # seconds that any save may take for links and metadata
+
+
+def main(
+    ranks: Annotated[int, typer.Option(help="Processes that save together.")] = 0,
+    pairs: Annotated[int, typer.Option(help="Interleaved pairs.")] = 20,
+    place: Annotated[str, typer.Option(help="Where to save; default: tmpfs, then the disk.")] = "",
+    out: Annotated[Path | None, typer.Option("--json", help="Write the results here, too.")] = None,
+) -> None:
+    """Run at one and two ranks, on tmpfs and on disk, unless told otherwise."""
+    if "RANK" in os.environ:
+        measure(pairs, Path(place), out)
+        return
+    places = [place] if place else ["/dev/shm", "."]
+    with scratch(".") as results:
+        for where in places:
+            for world in [ranks] if ranks else [1, 2]:
+                _run(world, pairs if where == "/dev/shm" or place else max(5, pairs // 4), where, results)
+        found = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    if out:
+        out.write_text(json.dumps({"machine": machine(), "results": found}, indent=2) + "\n")
+    failed = [f"{r['place']} {r['ranks']} ranks: {name}" for r in found for name, ok in r["holds"].items() if not ok]
+    if failed:
+        print("Not held:", "; ".join(failed))
+        sys.exit(1)
+
+
+def _run(world: int, pairs: int, where: str, results: Path) -> None:
+    name = f"{'tmpfs' if where == '/dev/shm' else 'disk'}-{world}.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    command += [__file__, f"--pairs={pairs}", f"--place={Path(where).resolve()}", f"--json={results / name}"]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "."})
+
+
+def measure(pairs: int, place: Path, out: Path | None) -> None:
+    """Measure on the ranks that torchrun started."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    world = int(os.environ["WORLD_SIZE"])
+    if world > 1:
+        dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (world,)) if world > 1 else None
+    state = training_state(SHAPES, mesh)
+    with scratch(str(place)) as folder:
+        base = folder / "step-1"
+        dcp.save(state, storage_writer=LayerwiseWriter(base), planner=LayerwisePlanner("full", base=None))
+        works = _works(state, folder, base)
+        reset = _remover(folder / "step-2")
+        times = interleave(works, pairs, reset)
+        written = dict(_looks(works, folder / "step-2", reset))
+    if rank() == 0:
+        report = _report(times, written, place, world, pairs)
+        if out:
+            out.write_text(json.dumps(report))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _works(state: dict[str, Any], folder: Path, base: Path) -> dict[str, Work]:
+    target = folder / "step-2"
+
+    def stock() -> None:
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(target))
+
+    def ours(policy: str, writer: type[Any], of: Path | None) -> Work:
+        def save() -> None:
+            forget()
+            dcp.save(state, storage_writer=writer(target), planner=LayerwisePlanner(policy, base=of))
+
+        return save
+
+    works: dict[str, Work] = {
+        "stock": stock,
+        "stock again": stock,
+        "full": ours("full", dcp.FileSystemWriter, None),
+        "full, LayerwiseWriter": ours("full", LayerwiseWriter, None),
+        "bare write + fsync": lambda: _bare(state, target),
+    }
+    return works | {policy: ours(policy, dcp.FileSystemWriter, base) for policy in SELECTIVE}
+
+
+def _bare(state: dict[str, Any], target: Path) -> None:
+    """Write the bytes of all local tensors to one file and sync it: the least that any save does."""
+    target.mkdir(exist_ok=True)
+    with (target / f"bare{rank()}").open("wb", buffering=0) as stream:
+        for tensor in _local_tensors(state):
+            view = memoryview(tensor.numpy()).cast("B")  # type: ignore[arg-type]
+            while view:
+                view = view[stream.write(view) :]
+        os.fsync(stream.fileno())
+
+
+def _local_tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, DTensor):
+        yield value.to_local()
+    elif isinstance(value, torch.Tensor):
+        yield value if value.dim() else value.reshape(1)
+    elif isinstance(value, dict):
+        for child in value.values():
+            yield from _local_tensors(child)
+
+
+def _remover(target: Path) -> Work:
+    def remove() -> None:
+        if rank() == 0:
+            shutil.rmtree(target, ignore_errors=True)
+
+    return remove
+
+
+def _looks(works: dict[str, Work], target: Path, reset: Work) -> Iterator[tuple[str, tuple[Inspection, int]]]:
+    """Save once more with each of our ways and look at what lies on disk."""
+    for name, work in works.items():
+        if name.startswith(("stock", "bare")):
+            continue
+        work()
+        if rank() == 0:
+            yield name, (inspect(target), _new_bytes(target))
+        reset()
+
+
+def _new_bytes(target: Path) -> int:
+    """Return the bytes that a save added to the disk, its metadata left out."""
+    return sum(path.stat().st_size for path in target.glob("*.distcp"))
+
+
+def _report(
+    times: dict[str, list[float]], looks: dict[str, tuple[Inspection, int]], place: Path, world: int, pairs: int
+) -> dict[str, Any]:
+    tmpfs = str(place) == "/dev/shm"
+    table = Table(
+        title=f"{tensor_bytes(SHAPES) / 1e9:.2f} GB, {world} rank(s), {'tmpfs' if tmpfs else 'disk'}, {pairs} pairs",
+        title_justify="left",
+    )
+    for column in ("what", "beside", "time ratio  [95 %]", "bar", "bytes of full", "on disk / due"):
+        table.add_column(column)
+    rows: dict[str, Any] = {}
+    holds: dict[str, bool] = {}
+
+    def row(
+        name: str, beside: str, bar: float | None, fraction: float | None = None, excess: float | None = None
+    ) -> None:
+        found = ratio(times[name], times[beside])
+        if tmpfs and bar is not None:
+            holds[f"{name} / {beside}"] = found.median <= bar
+        if excess is not None:
+            holds[f"{name}: bytes"] = abs(excess - 1) <= 0.01
+        rows[f"{name} / {beside}"] = {**as_dict(found), "bar": bar, "fraction": fraction, "on_disk": excess}
+        table.add_row(
+            name, beside, str(found), "" if bar is None else f"{bar:.3f}",
+            "" if fraction is None else f"{fraction:.3f}", "" if excess is None else f"{excess:.4f}",
+        )  # fmt: skip
+
+    row("stock again", "stock", None)
+    row("full", "stock", 1.03, 1.0, _excess(looks["full"]))
+    row("full, LayerwiseWriter", "stock", None, 1.0, _excess(looks["full, LayerwiseWriter"]))
+    row("full, LayerwiseWriter", "bare write + fsync", 1 / 0.85)
+    row("stock", "bare write + fsync", None)
+    seconds = sorted(times["full"])[len(times["full"]) // 2]
+    for policy in SELECTIVE:
+        fraction = looks[policy][1] / looks["full"][1]
+        row(policy, "full", fraction / 0.9 + QUIET / seconds, fraction, _excess(looks[policy]))
+    Console(width=130).print(table)
+    return {"place": "tmpfs" if tmpfs else "disk", "ranks": world, "pairs": pairs, "rows": rows, "holds": holds}
+
+
+def _excess(look: tuple[Inspection, int]) -> float:
+    """Return bytes on disk over the bytes of the tensors that were due."""
+    found, on_disk = look
+    due = sum(u.tensor_bytes for u in found.units if u.stale_saves == 0)
+    return on_disk / due
+
+
+if __name__ == "__main__":
+    typer.run(main)

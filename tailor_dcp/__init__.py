@@ -1,7 +1,26 @@
-"""Layer-wise checkpoints for PyTorch Distributed Checkpoint."""
+"""Layer-wise checkpoints for PyTorch Distributed Checkpoint.
 
+``dcp.save(state, checkpoint_id="run/step-200", planner=LayerwisePlanner(policy))`` writes only the units that the
+policy finds due; ``dcp.load(state, checkpoint_id="run/step-200")`` reads a complete checkpoint, without this package.
+"""
+
+from tailor_dcp.errors import TailorError, TailorWarning
+from tailor_dcp.inspection import inspect
 from tailor_dcp.layers import LayerMap
 from tailor_dcp.lineage import forget
 from tailor_dcp.planner import LayerwisePlanner
+from tailor_dcp.runs import latest
+from tailor_dcp.state import TrainState
+from tailor_dcp.writer import LayerwiseWriter
 
-__all__ = ["LayerMap", "LayerwisePlanner", "forget"]
+__all__ = [
+    "LayerMap",
+    "LayerwisePlanner",
+    "LayerwiseWriter",
+    "TailorError",
+    "TailorWarning",
+    "TrainState",
+    "forget",
+    "inspect",
+    "latest",
+]

@@ -88,9 +88,7 @@ def check_explicit(folder: Path) -> None:
         BaseError: naming the folder and the way out.
     """
     if is_url(folder):
-        raise BaseError(
-            f"base={str(folder)!r} is on an object store; only local folders can be carried from."
-        )
+        raise BaseError(f"base={str(folder)!r} is on an object store; only local folders can be carried from.")
     if stamp_of(folder) is None:
         raise BaseError(
             f"base={str(folder)!r} is not a committed checkpoint: it has no {METADATA}. Give a complete "

@@ -63,7 +63,7 @@ def place(files: Mapping[str, Source], base: Location, target: Location, mode: C
     placement = Placement()
     touched: set[Path] = set()
     for name, source in files.items():
-        path = Path(os.path.normpath(base.folder / name))
+        path = Path(os.path.normpath(Path(os.path.realpath(base.folder), name)))
         try:
             _check(path, base, source)
             new = _MODES[mode](path, target, source)
@@ -81,8 +81,9 @@ def place(files: Mapping[str, Source], base: Location, target: Location, mode: C
 def remove(paths: set[str], folder: Path) -> None:
     """Remove files that were placed and turned out not to be needed, and folders left empty."""
     for path in paths:
-        with suppress(OSError):
-            (folder / path).unlink()
+        if path.startswith(f"{CARRIED}/"):  # what is only referred to belongs to others
+            with suppress(OSError):
+                (folder / path).unlink()
     prune_empty(folder / CARRIED)
 
 
@@ -106,7 +107,7 @@ def _check(path: Path, base: Location, source: Source) -> None:
 def _link(path: Path, target: Location, source: Source) -> str:
     new = _carried_path(path, target, source)
     try:
-        os.link(path, new)
+        os.link(os.path.realpath(path), new)  # of a symbolic link, link(2) would make another one
     except FileExistsError:
         if not os.path.samestat(path.stat(), new.stat()):
             raise
@@ -144,7 +145,8 @@ def _clone(old: int, new: int) -> None:
 def _refer(path: Path, target: Location, source: Source) -> str:
     if not is_within(path, target.run):
         raise OSError(errno.EPERM, f"a reference must stay inside the run {target.run}")
-    return Path(os.path.relpath(path, target.folder)).as_posix()
+    # ``..`` of a symbolic link leads to where it points, and such a link may point elsewhere tomorrow.
+    return Path(os.path.relpath(os.path.realpath(path), os.path.realpath(target.folder))).as_posix()
 
 
 _MODES: dict[CarryMode, Callable[[Path, Location, Source], str]] = {

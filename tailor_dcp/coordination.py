@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StoragePrefix
-from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData
 
 from tailor_dcp.base import Base
 from tailor_dcp.decision import Decision
@@ -113,9 +113,7 @@ def make_record(
     own = Origin(save_id, target.step, target.name, decision.request.index)
     origins = {unit: decision.origins.get(unit, own) for unit in state.units}
     earlier = base.record.narrowed if base and base.record else {}
-    kept = {
-        key: dtype for unit in decision.origins for key in state.units[unit] if (dtype := earlier.get(key))
-    }
+    kept = {key: dtype for unit in decision.origins for key in state.units[unit] if (dtype := earlier.get(key))}
     crcs = base.record.crcs if base and base.record else {}
     parent_time = base.record.time if base and base.record else 0.0
     return Record(
@@ -150,16 +148,27 @@ def _shapes(plans: Iterable[SavePlan]) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {}
     holders: dict[str, int] = {}
     for rank, plan in enumerate(plans):
-        for item in plan.items:
+        for item in plan.items:  # ranks times tensors: every step counts
             key, data = item.index.fqn, item.tensor_data
-            shape = _NO_TENSOR if data is None else Shape(data.size, data.properties.dtype)
-            if shapes.setdefault(key, shape) != shape:
-                raise ConflictingStateError(
-                    f"{key} is {_words(shapes[key])} on rank {holders[key]} but {_words(shape)} on rank {rank}; "
-                    f"every rank must hold a part of the same tensor."
-                )
-            holders.setdefault(key, rank)
+            known = shapes.get(key)
+            if known is None:
+                shapes[key] = _shape(data)
+                holders[key] = rank
+            elif data is None or known.size != data.size or known.dtype != data.properties.dtype:
+                _check_agreement(key, known, _shape(data), holders[key], rank)
     return shapes
+
+
+def _shape(data: TensorWriteData | None) -> Shape:
+    return _NO_TENSOR if data is None else Shape(data.size, data.properties.dtype)
+
+
+def _check_agreement(key: str, known: Shape, shape: Shape, holder: int, rank: int) -> None:
+    if known != shape:
+        raise ConflictingStateError(
+            f"{key} is {_words(known)} on rank {holder} but {_words(shape)} on rank {rank}; every rank must hold a "
+            f"part of the same tensor."
+        )
 
 
 _NO_TENSOR = Shape(None, None)

@@ -9,8 +9,11 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from typing import IO, Any
+
+from torch.serialization import get_crc32_options
 
 _POLYNOMIAL = 0xEDB88320
 _LARGE = 1 << 16  # below this, computing is cheaper than looking up
@@ -103,14 +106,27 @@ class ChecksumStream(io.RawIOBase):
 
 
 def _crc_of(pieces: list[bytes | memoryview]) -> int:
-    known = dict(_archived(b"".join(p for p in pieces if isinstance(p, bytes))))
+    known = _known(pieces)
     crc = 0
     for piece in pieces:
-        if isinstance(piece, memoryview) and len(piece) in known:
-            crc = combine(crc, known[len(piece)], len(piece))
+        if isinstance(piece, memoryview) and known[len(piece)]:
+            crc = combine(crc, known[len(piece)].popleft(), len(piece))
         else:
             crc = zlib.crc32(piece, crc)
     return crc
+
+
+def _known(pieces: list[bytes | memoryview]) -> dict[int, deque[int]]:
+    """Return the CRCs that ``torch.save`` computed of the large pieces, by size and in order."""
+    known: defaultdict[int, deque[int]] = defaultdict(deque)
+    if get_crc32_options():  # switched off, the archive has numbers there that are no CRCs
+        for size, crc in _archived(b"".join(p for p in pieces if isinstance(p, bytes))):
+            known[size].append(crc)
+        sizes = [len(piece) for piece in pieces if isinstance(piece, memoryview)]
+        for size in known:
+            if sizes.count(size) != len(known[size]):  # a record in several pieces: no telling which is which
+                known[size].clear()
+    return known
 
 
 def _archived(framing: bytes) -> Iterator[tuple[int, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from tailor_dcp import carry
@@ -62,8 +62,17 @@ class Decision:
     paths: Mapping[str, str] = field(default_factory=dict)
 
 
-def decide(state: State, base: Base | None, target: Location, rules: Rules) -> Decision:
+def decide(
+    state: State, base: Base | None, target: Location, rules: Rules, present: Collection[str] = ()
+) -> Decision:
     """Choose the due units and make the files of all others part of the target.
+
+    Args:
+        state: what is being saved.
+        base: the checkpoint to carry from; None for none.
+        target: the checkpoint that is being written.
+        rules: how the user wants saves to be made.
+        present: files that an earlier save into the target left there; they are not removed.
 
     Raises:
         PolicyError: the policy returned a unit that does not exist.
@@ -72,7 +81,7 @@ def decide(state: State, base: Base | None, target: Location, rules: Rules) -> D
     mode = _mode(base, rules)
     holdings = base.holdings() if base and mode else Holdings()
     available = held(state, holdings)
-    index = base.origin.index + 1 if base else 0
+    index = base.origin.nth + 1 if base else 0
     request = make_request(state, available, target.step, index, rules.layers)
     full = rules.full_every is not None and index % rules.full_every == 0
     due = ask(rules.policy, request, state, available.keys(), full)
@@ -80,10 +89,10 @@ def decide(state: State, base: Base | None, target: Location, rules: Rules) -> D
         return Decision(request, due, rules.mode)
     if not full:
         _warn_of_changes(state, holdings, base, target)
-    due, paths = _carry(state, base, target, due, available, mode, rules.explicit)
+    due, paths = _carry(state, base, target, due, available, mode, rules.explicit, present)
     origins = {unit: origin for unit, origin in available.items() if unit not in due}
     blobs = (blob for unit in origins for key in state.units[unit] for blob in base.blobs[key])
-    return Decision(request, due, mode, origins, dict(rebase(blobs, paths)), paths)
+    return Decision(request, due, mode, origins, rebase(blobs, paths), paths)
 
 
 def _mode(base: Base | None, rules: Rules) -> CarryMode | None:
@@ -105,6 +114,7 @@ def _carry(
     available: Mapping[Unit, Origin],
     mode: CarryMode,
     explicit: bool,
+    present: Collection[str],
 ) -> tuple[set[Unit], dict[str, str]]:
     """Place the files of what is not due; what cannot be placed becomes due."""
     placed = Placement()
@@ -120,10 +130,11 @@ def _carry(
         if not new.failures:
             break
         _report(new.failures, target, explicit)
-        due = complete(due | _owners(state, base, new.failures), state, available.keys())
-    if mode != "reference":
-        unused = {path for name, path in placed.paths.items() if name not in files}
-        carry.remove(unused, target.folder)
+        lost = _owners(state, base, new.failures)
+        available = {unit: origin for unit, origin in available.items() if unit not in lost}
+        due = complete(due | lost, state, available.keys())
+    unused = {path for name, path in placed.paths.items() if name not in files}
+    carry.remove(unused.difference(present), target.folder)
     return due, {name: path for name, path in placed.paths.items() if name in files}
 
 
@@ -134,8 +145,9 @@ def _files(state: State, base: Base, due: set[Unit], available: Mapping[Unit, Or
         if unit in due:
             continue
         for name, size in file_sizes(blob for key in state.units[unit] for blob in base.blobs[key]).items():
-            size = max(size, files[name].size if name in files else 0)
-            files[name] = Source(origin.save_id, size)
+            known = files.get(name)
+            if known is None or known.size < size:
+                files[name] = Source(origin.save_id, size)
     return files
 
 

@@ -29,6 +29,7 @@ class UnitView:
         layer: the layer's name.
         kind: ``weight`` or the optimizer state's name.
         bytes: bytes on disk that hold it, framing included.
+        tensor_bytes: bytes of the tensors alone.
         dtypes: the dtypes it is stored in.
         origin_step: the step whose values they are; None if that save's folder told no step.
         stale_steps: steps between the origin and this checkpoint.
@@ -39,6 +40,7 @@ class UnitView:
     layer: str
     kind: str
     bytes: int
+    tensor_bytes: int
     dtypes: tuple[str, ...]
     origin_step: int | None
     stale_steps: int | None
@@ -104,9 +106,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     if not (folder / METADATA).exists():
         raise NoCheckpointError(_what_instead(folder))
     base = open_base(folder)
-    sizes = {
-        name: _size(folder / name) for name in {i.relative_path for i in base.metadata.storage_data.values()}
-    }
+    sizes = {name: _size(folder / name) for name in {i.relative_path for i in base.metadata.storage_data.values()}}
     needed = file_sizes(base.metadata.storage_data.items())
     live = sum(info.length for info in base.metadata.storage_data.values())
     record = base.record
@@ -133,9 +133,7 @@ def unit_records(base: Base) -> dict[Unit, UnitRecord]:
         return dict(base.record.units)
     metadata = base.metadata.state_dict_metadata
     paths = {key: (base.metadata.planner_data or {}).get(key, (key,)) for key in metadata}
-    entries = LayerMap().classify(
-        paths, {key for key, entry in metadata.items() if shape_of(entry).size is not None}
-    )
+    entries = LayerMap().classify(paths, {key for key, entry in metadata.items() if shape_of(entry).size is not None})
     keys: dict[Unit, list[str]] = {}
     for key, entry in entries.items():
         keys.setdefault(entry.unit, []).append(key)
@@ -160,12 +158,11 @@ def _view(unit: Unit, origin: Origin, keys: Iterable[str], base: Base) -> UnitVi
         layer=unit.layer,
         kind=unit.kind,
         bytes=sum(info.length for info in infos),
-        dtypes=tuple(
-            dict.fromkeys(str(s.dtype).removeprefix("torch.") for s in shapes if s.dtype is not None)
-        ),
+        tensor_bytes=sum(shape.bytes for shape in shapes),
+        dtypes=tuple(dict.fromkeys(str(s.dtype).removeprefix("torch.") for s in shapes if s.dtype is not None)),
         origin_step=origin.step,
         stale_steps=None if step is None or origin.step is None else step - origin.step,
-        stale_saves=base.origin.index - origin.index,
+        stale_saves=base.origin.nth - origin.nth,
         files=tuple(dict.fromkeys(info.relative_path for info in infos)),
     )
 

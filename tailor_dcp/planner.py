@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemT
 from tailor_dcp import base as bases
 from tailor_dcp import dcp_events, lineage, sweep
 from tailor_dcp.base import Base
+from tailor_dcp.collector import collector_off
 from tailor_dcp.coordination import Assignment, RankInfo, assign, gather, keep_due, make_record, narrow
 from tailor_dcp.decision import Decision, Rules, decide
 from tailor_dcp.errors import ConflictingStateError, SaveRefusedError, TailorWarning
@@ -78,9 +79,7 @@ class LayerwisePlanner(DefaultSavePlanner):
         if carry not in ("auto", "link", "reference", "copy"):
             raise SaveRefusedError(f"carry={carry!r} is unknown; use auto, link, reference or copy.")
         if full_every is not None and full_every < 1:
-            raise SaveRefusedError(
-                f"full_every={full_every} makes no sense; use 1 or more, or None for never."
-            )
+            raise SaveRefusedError(f"full_every={full_every} makes no sense; use 1 or more, or None for never.")
         super().__init__(dedup_save_to_lowest_rank=dedup_save_to_lowest_rank)
         self._base = Path(base) if base not in ("auto", None) else base
         if isinstance(self._base, Path):
@@ -120,7 +119,7 @@ class LayerwisePlanner(DefaultSavePlanner):
         super().set_up_planner(state_dict, storage_meta, is_coordinator)
         checkpoint_id = storage_meta.checkpoint_id if storage_meta else None
         self._remote = checkpoint_id is None or is_url(checkpoint_id)
-        self._target = locate(str(checkpoint_id).partition("://")[2] if self._remote else checkpoint_id)
+        self._target = locate(str(checkpoint_id or ".").rpartition("://")[2])
         self._assignment = None
         self._refresh()
 
@@ -143,9 +142,7 @@ class LayerwisePlanner(DefaultSavePlanner):
             )
         assignment = new_plan.planner_data
         if not isinstance(assignment, Assignment):
-            raise SaveRefusedError(
-                "The coordinator saves with another planner than this rank; use one on all."
-            )
+            raise SaveRefusedError("The coordinator saves with another planner than this rank; use one on all.")
         if not self._remote:
             lineage.saved(self._target, assignment.save_id, assignment.chain)
         self._assignment = assignment
@@ -177,6 +174,10 @@ class LayerwisePlanner(DefaultSavePlanner):
                 "use_collectives=False is refused: every rank would decide alone what is due and their "
                 "choices could differ. Leave use_collectives on; the choice itself costs no collective."
             )
+        with collector_off():
+            return self._plan_all(all_plans)
+
+    def _plan_all(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         infos: list[RankInfo] = [plan.planner_data for plan in all_plans]
         plans = [replace(p, planner_data=i.paths) for p, i in zip(all_plans, infos, strict=True)]
         token = self._token()

@@ -78,9 +78,7 @@ def held(state: State, holdings: Holdings) -> dict[Unit, Origin]:
     return {unit: origin for unit, origin in origins.items() if origin is not None}
 
 
-def ask(
-    policy: Policy, request: SaveRequest, state: State, available: Collection[Unit], full: bool
-) -> set[Unit]:
+def ask(policy: Policy, request: SaveRequest, state: State, available: Collection[Unit], full: bool) -> set[Unit]:
     """Return the due units: what the policy selects, what cannot be carried, and what goes with those.
 
     Args:
@@ -131,7 +129,7 @@ def make_request(
                 kind=unit.kind,
                 bytes=sum(state.shapes[key].bytes for key in keys),
                 saved_step=origin.step if origin else None,
-                age=index - origin.index if origin else None,
+                age=index - origin.nth if origin else None,
                 stack=place[0] if place else None,
                 number=place[1] if place else None,
             )

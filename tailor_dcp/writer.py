@@ -86,12 +86,13 @@ class LayerwiseWriter(FileSystemWriter):
         overwrite: bool = True,
     ) -> None:
         super().__init__(path, thread_count=thread_count, sync_files=sync_files, overwrite=overwrite)
-        self.fs = _ChecksumFileSystem()
+        self._checksums = _ChecksumFileSystem()
+        self.fs = self._checksums
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's items, a file or more for each cohort of units."""
         prefix: _StoragePrefix = plan.storage_data
-        self.fs.crcs = {}
+        self._checksums.crcs = {}
         files: queue.Queue[tuple[Path, str, list[WriteItem]]] = queue.Queue()
         for number, items in enumerate(_files(plan.items, planner, self.thread_count)):
             name = f"{prefix.prefix}{number}{DEFAULT_SUFFIX}"
@@ -124,7 +125,7 @@ class LayerwiseWriter(FileSystemWriter):
 
     def _checked(self, result: WriteResult) -> CheckedResult:
         info = result.storage_data
-        crc = self.fs.crcs[info.relative_path][info.offset]
+        crc = self._checksums.crcs[info.relative_path][info.offset]
         return CheckedResult(result.index, result.size_in_bytes, info, crc)
 
 

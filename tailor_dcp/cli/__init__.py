@@ -27,7 +27,7 @@ def _root() -> None:
 
 def main() -> None:
     """Run the command line; errors are one sentence, never a traceback."""
-    warnings.showwarning = _say  # type: ignore[assignment]
+    warnings.showwarning = _say
     try:
         app()
     except TailorError as error:

@@ -76,8 +76,7 @@ def _files(files: tuple[str, ...]) -> str:
 def _summary(found: Inspection) -> str:
     lines = [
         f"policy     {found.policy or 'none: a stock planner saved this'}",
-        f"wrote      {size(found.written)}, {percent(found.written, found.full)} of a full save "
-        f"({size(found.full)})",
+        f"wrote      {size(found.written)}, {percent(found.written, found.full)} of a full save ({size(found.full)})",
         f"live       {size(found.live)} are read when this is loaded",
         f"pinned     {size(found.pinned)} are kept on disk in its files but never read",
         f"metadata   {size(found.metadata)}",

@@ -61,15 +61,17 @@ def file_sizes(blobs: Iterable[tuple[MetadataIndex, _StorageInfo]]) -> dict[str,
     return sizes
 
 
-def rebase(
-    blobs: Iterable[tuple[MetadataIndex, _StorageInfo]], paths: Mapping[str, str]
-) -> Iterable[tuple[MetadataIndex, _StorageInfo]]:
-    """Return the blobs as they are found under new paths."""
+def rebase(blobs: Iterable[tuple[MetadataIndex, _StorageInfo]], paths: Mapping[str, str]) -> StorageData:
+    """Return the blobs as they are found under new paths.
+
+    The entries are changed, not copied: there is one for each shard of each tensor, and the
+    metadata that they come from was read for this alone.
+    """
+    rebased = {}
     for index, info in blobs:
-        yield (
-            index,
-            _StorageInfo(paths[info.relative_path], info.offset, info.length, info.transform_descriptors),
-        )
+        info.relative_path = paths.get(info.relative_path, info.relative_path)  # several entries may share one object
+        rebased[index] = info
+    return rebased
 
 
 def uncovered(metadata: Metadata) -> list[str]:

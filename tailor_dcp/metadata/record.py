@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from tailor_dcp.errors import UnreadableMetadataError
 from tailor_dcp.units import Unit
@@ -29,13 +29,13 @@ class Origin(NamedTuple):
         save_id: that save's id.
         step: its step, None if its folder's name told none.
         folder: its folder as it was called then; a name for people, never a path to open.
-        index: how many saves came before it in its line of ancestors.
+        nth: how many saves came before it in its line of ancestors.
     """
 
     save_id: str
     step: int | None
     folder: str
-    index: int
+    nth: int
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,6 @@ class Record:
     narrowed: Mapping[str, str] = field(default_factory=dict)
     ties: tuple[tuple[str, ...], ...] = ()
     crcs: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
-
-    def origin(self, step_folder: str) -> Origin:
-        """Return this save as the origin of what it wrote."""
-        return Origin(self.save_id, self.step, step_folder, self.index)
 
     def to_builtins(self) -> dict[str, Any]:
         """Return the serialised form. Origins are listed once: thousands of units share a handful."""
@@ -173,20 +169,18 @@ def record_of(metadata: Metadata, source: str) -> Record | None:
 def save_id_of(metadata: Metadata) -> str | None:
     """Return the id of the save that wrote this metadata; stock writers leave one too."""
     raw = getattr(metadata, ATTRIBUTE, None)
-    if isinstance(raw, dict):
-        save_id = raw.get("save_id")
-    else:
-        save_id = getattr(metadata.storage_meta, "save_id", None)
+    named = raw if isinstance(raw, dict) else vars(metadata.storage_meta or StorageMeta())
+    save_id = named.get("save_id")
     return save_id if isinstance(save_id, str) else None
 
 
 def _origin(raw: Iterable[str | int | None]) -> Origin:
-    save_id, step, folder, index = raw
-    if not (isinstance(save_id, str) and isinstance(folder, str) and isinstance(index, int)):
+    save_id, step, folder, nth = raw
+    if not (isinstance(save_id, str) and isinstance(folder, str) and isinstance(nth, int)):
         raise TypeError(f"{raw!r} is no origin")
     if isinstance(step, str):
         raise TypeError(f"{step!r} is no step")
-    return Origin(save_id, step, folder, index)
+    return Origin(save_id, step, folder, nth)
 
 
 def _index(number: object) -> int:

@@ -48,6 +48,21 @@ def models(draw: st.DrawFn) -> Model:
     return Model(tuple(params), (("model.embed_tokens.weight", "lm_head.weight"),) if tied else ())
 
 
+@st.composite
+def changes(draw: st.DrawFn, model: Model) -> Model:
+    """Return the model with a parameter added, removed, reshaped or retyped."""
+    blocks = [p for p in model.params if ".layers." in p.fqn]
+    victim = draw(st.sampled_from(blocks))
+    how = draw(st.sampled_from(["add", "remove", "reshape", "retype"]))
+    if how == "add":
+        new = Param(f"model.layers.{len(blocks)}.extra.weight", (3, 2), draw(st.sampled_from(["plain", "shard"])))
+        return replace(model, params=(*model.without(new.fqn).params, new))
+    if how == "remove":
+        return model.without(victim.fqn) if len(blocks) > 1 else model
+    changed = replace(victim, shape=(9, 2)) if how == "reshape" else replace(victim, dtype="bfloat16")
+    return replace(model, params=tuple(changed if p is victim else p for p in model.params))
+
+
 @dataclass
 class Saved:
     """A checkpoint as this test remembers it: what it may hold, told by nobody else."""
@@ -165,7 +180,7 @@ def test_stock_processes_cannot_import_us(stock_fleet: Fleet) -> None:
 def test_every_checkpoint_holds_each_unit_as_it_was_at_its_origin(
     data: st.DataObject, fresh: Any, fleet: Fleet, stock_fleet: Fleet
 ) -> None:
-    """Saves by changing ranks, rollbacks, deleted folders: law 1 and law 3 hold for all that is left."""
+    """Changing ranks and models, rollbacks, deleted folders: laws 1 and 3 hold for all that is left."""
     root = fresh()
     model = data.draw(models())
     policy = data.draw(st.sampled_from(sorted(POLICIES)))
@@ -173,7 +188,8 @@ def test_every_checkpoint_holds_each_unit_as_it_was_at_its_origin(
     full_every = data.draw(st.sampled_from([None, None, 3]))
     history = History(root / "run", fleet, stock_fleet)
     for _ in range(data.draw(st.integers(2, 6), label="saves")):
-        action = data.draw(st.sampled_from(["go on", "go on", "go on", "go back", "delete"]), label="action")
+        actions = ["go on", "go on", "go on", "go back", "delete", "change"]
+        action = data.draw(st.sampled_from(actions), label="action")
         ranks = data.draw(st.integers(1, 4), label="ranks")
         alive = [s for s in history.saves if s.path.exists()]
         if action == "go back" and alive:
@@ -181,5 +197,7 @@ def test_every_checkpoint_holds_each_unit_as_it_was_at_its_origin(
         elif action == "delete" and len(alive) > 1:
             victim = data.draw(st.sampled_from([s for s in alive if s is not history.current]), label="victim")
             shutil.rmtree(victim.path)
+        elif action == "change":
+            model = data.draw(changes(model))
         history.save(model, policy, ranks, writer=writer, full_every=full_every)
     history.check_all(root, data.draw(st.integers(1, 2), label="loading ranks"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from tailor_dcp.errors import TailorError
 from tailor_dcp.metadata.record import ATTRIBUTE
 
 StorageData = dict[MetadataIndex, _StorageInfo]
@@ -85,10 +87,18 @@ def uncovered(metadata: Metadata) -> list[str]:
             continue
         held, whole = sum(math.prod(chunk.sizes) for chunk in entry.chunks), math.prod(entry.size)
         if held != whole:
-            problems.append(
-                f"{key} of size {tuple(entry.size)} has chunks for {held} of its {whole} elements"
-            )
+            problems.append(f"{key} of size {tuple(entry.size)} has chunks for {held} of its {whole} elements")
     return problems
+
+
+def unstored(metadata: Metadata) -> list[str]:
+    """Return the keys of which not every chunk has a place in a file."""
+    placed = Counter(index.fqn for index in metadata.storage_data)
+    return [key for key, entry in metadata.state_dict_metadata.items() if placed[key] < _chunks(entry)]
+
+
+def _chunks(entry: STORAGE_TYPES) -> int:
+    return len(entry.chunks) if isinstance(entry, TensorStorageMetadata) else 1
 
 
 class CompositeMetadata(Metadata):
@@ -114,5 +124,18 @@ class CompositeMetadata(Metadata):
         super().__setattr__(name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        """Return a plain ``Metadata``; pickling is the last thing that happens before the commit.
+
+        Raises:
+            TailorError: something was not written. DCP's writers do not notice when one of
+                their threads fails, and would commit without its part.
+        """
+        missing = unstored(self) if self.storage_data is not None else ()
+        if missing:
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise TailorError(
+                f"{missing[0]}{more} was not written, as a thread of the writer failed and said why on stderr; "
+                f"nothing was committed. Make room or repair what it names, and save again."
+            )
         state = {k: v for k, v in self.__dict__.items() if k not in ("_carried", "state_dict_metadata")}
         return (Metadata, (self.state_dict_metadata,), state)

@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 from benchmarks.harness import LLAMA_8B, machine, scratch
 from tailor_dcp import LayerwisePlanner, forget
-from tailor_dcp.coordination import RankInfo
+from tailor_dcp.coordination import RankInfo, shapes_of
 
 POLICIES = ("full", "moments:every=5", "parity")
 
@@ -131,7 +131,11 @@ def _store(plans: list[SavePlan], metadata: Metadata, folder: Path, paths: Any) 
 
 
 def _ours(ranks: int, paths: dict[str, tuple[str | int, ...]]) -> list[SavePlan]:
-    return [replace(plan, planner_data=RankInfo(plan.planner_data, ())) for plan in _plans(ranks, paths)]
+    plans = _plans(ranks, paths)
+    # As the coordinator gets them: unpickled, so that ranks share no objects.
+    return [
+        replace(p, planner_data=RankInfo(p.planner_data, pickle.loads(pickle.dumps(shapes_of(p))), ())) for p in plans
+    ]
 
 
 def _plan_ours(planner: LayerwisePlanner, plans: list[SavePlan], folder: Path) -> tuple[list[SavePlan], Metadata]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,10 +12,10 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from tailor_dcp.errors import BaseError, TailorError, TailorWarning
+from tailor_dcp.errors import BaseError, TailorError, TailorWarning, UnreadableMetadataError
 from tailor_dcp.lineage import Ancestor, Chain, stamp_of
 from tailor_dcp.location import METADATA, Location, is_url, locate, same_folder
-from tailor_dcp.metadata.compose import Blobs, Shape, blobs_by_key, shape_of
+from tailor_dcp.metadata.compose import Blobs, Shape, blobs_by_key, shape_of, unstored
 from tailor_dcp.metadata.record import Origin, Record, record_of, save_id_of
 from tailor_dcp.metadata.safe_pickle import read
 from tailor_dcp.selection import Holdings
@@ -34,9 +35,10 @@ class Base:
 
     @property
     def origin(self) -> Origin:
-        """This checkpoint's own save."""
-        index = self.record.index if self.record else 0
-        return Origin(self.save_id, self.location.step, self.location.name, index)
+        """This checkpoint's own save. Folders get renamed: the name tells the step only where there is no record."""
+        if self.record is None:
+            return Origin(self.save_id, self.location.step, self.location.name, 0)
+        return Origin(self.save_id, self.record.step, self.location.name, self.record.index)
 
     @property
     def ancestor(self) -> Ancestor:
@@ -77,11 +79,31 @@ def open_base(folder: Path) -> Base:
         UnreadableMetadataError: its ``.metadata`` is damaged or hostile.
     """
     metadata = read(folder / METADATA)
-    location = locate(folder)
-    return Base(location, save_id_of(metadata) or "", metadata, record_of(metadata, str(folder / METADATA)))
+    record = record_of(metadata, str(folder / METADATA))
+    for unit, held in record.units.items() if record else ():
+        unknown = [key for key in held.keys if key not in metadata.state_dict_metadata]
+        if unknown:
+            raise UnreadableMetadataError(
+                f"{folder / METADATA} holds a damaged tailor_dcp record (the key {unknown[0]!r} of {unit} is not in "
+                f"the checkpoint); plain dcp.load may still read it, but nothing can be carried from it."
+            )
+    return Base(locate(folder), save_id_of(metadata) or "", metadata, record)
 
 
-def check_explicit(folder: Path) -> None:
+def _open_whole(folder: Path) -> Base:
+    """Read a committed checkpoint from which everything it names can be carried."""
+    base = open_base(folder)
+    missing = unstored(base.metadata)
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise UnreadableMetadataError(
+            f"{folder / METADATA} does not tell where {missing[0]}{more} is stored, so it cannot be loaded either; "
+            f"use another checkpoint."
+        )
+    return base
+
+
+def check_explicit(folder: str | os.PathLike[str]) -> None:
     """Refuse, before training goes on, a ``base=`` that is not committed.
 
     Raises:
@@ -89,7 +111,7 @@ def check_explicit(folder: Path) -> None:
     """
     if is_url(folder):
         raise BaseError(f"base={str(folder)!r} is on an object store; only local folders can be carried from.")
-    if stamp_of(folder) is None:
+    if stamp_of(Path(folder)) is None:
         raise BaseError(
             f"base={str(folder)!r} is not a committed checkpoint: it has no {METADATA}. Give a complete "
             f'checkpoint\'s folder, or base="auto" to write everything where there is nothing to carry from.'
@@ -106,7 +128,7 @@ def open_explicit(folder: Path, target: Location) -> Base | None:
         return None
     check_explicit(folder)
     try:
-        return open_base(folder)
+        return _open_whole(folder)
     except TailorError as error:
         raise BaseError(f"base={str(folder)!r} cannot be carried from: {error}") from error
 
@@ -116,6 +138,8 @@ def find(chain: Chain, target: Location) -> Base | None:
 
     It never raises: ``base="auto"`` must not stop training. What is unusable is said in a warning.
     """
+    # An asynchronous save is noted as asked for before it is planned: it is no ancestor of its own.
+    chain = tuple(a for a in chain if a.asked is None or not same_folder(Path(a.folder), target.folder))
     for ancestor in chain:
         for folder in _places(ancestor, target):
             base = _open_ancestor(ancestor, folder)
@@ -132,21 +156,28 @@ def find(chain: Chain, target: Location) -> Base | None:
 
 
 def _places(ancestor: Ancestor, target: Location) -> Iterator[Path]:
-    """Where an ancestor can be: where it was saved or, in a run that was moved, beside the target."""
+    """Where an ancestor can be: beside the target, also in a run that was moved or copied, or where it was saved."""
     folder = Path(ancestor.folder)
-    yield folder
-    moved = target.sibling(folder)
-    if moved != folder:
-        yield moved
+    beside = target.sibling(folder)
+    yield beside
+    if beside != folder:
+        yield folder
 
 
 def _open_ancestor(ancestor: Ancestor, folder: Path) -> Base | None:
     stamp = stamp_of(folder)
-    if stamp is None or (ancestor.save_id is None and stamp != ancestor.stamp):
+    if stamp is None or (ancestor.stamp is not None and stamp != ancestor.stamp):
         return None
     try:
-        base = open_base(folder)
+        base = _open_whole(folder)
     except TailorError as error:
         warnings.warn(f"Nothing is carried from {folder}: {error}", TailorWarning, stacklevel=2)
         return None
-    return base if ancestor.save_id in (None, base.save_id) else None
+    return base if _is(ancestor, base) else None
+
+
+def _is(ancestor: Ancestor, base: Base) -> bool:
+    """Tell whether a checkpoint is the ancestor, and not another save into the same folder."""
+    if ancestor.asked is not None:
+        return base.record is not None and base.record.time >= ancestor.asked
+    return ancestor.save_id in (None, base.save_id)

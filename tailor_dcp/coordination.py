@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StoragePrefix
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData
+from torch.distributed.checkpoint.planner import SavePlan
 
 from tailor_dcp.base import Base
+from tailor_dcp.changes import Parts, remembered
 from tailor_dcp.decision import Decision
 from tailor_dcp.errors import ConflictingStateError
 from tailor_dcp.layers import LayerMap, trained
@@ -26,10 +28,55 @@ from tailor_dcp.units import STEP, WEIGHT, Unit
 
 @dataclass(frozen=True)
 class RankInfo:
-    """What each rank tells the coordinator besides its items: its keys' paths, and ties it sees."""
+    """What each rank tells the coordinator besides its items.
+
+    Attributes:
+        paths: the path in the nested state dict of each key.
+        shapes: global size and dtype of each key that this rank holds a part of.
+        ties: groups of keys that share storage here.
+        fingerprints: of each chunk here; empty unless the policy needs them.
+    """
 
     paths: Mapping[str, tuple[str | int, ...]]
+    shapes: Mapping[str, Shape]
     ties: tuple[Tie, ...]
+    fingerprints: Parts = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A save that is decided but not yet planned.
+
+    Attributes:
+        target: the checkpoint being written.
+        save_id: the save's id.
+        chain: the ancestors of what is saved.
+        base: the checkpoint that is carried from, if any.
+        state: what is saved, over all ranks.
+        decision: what is due and where the rest comes from.
+        present: files that lay in the target's folder before.
+    """
+
+    target: Location
+    save_id: str
+    chain: Chain
+    base: Base | None
+    state: State
+    decision: Decision
+    present: frozenset[str]
+
+    @property
+    def carried(self) -> set[str]:
+        """The keys of the state dict that are carried."""
+        return {key for unit in self.decision.origins for key in self.state.units[unit]}
+
+
+class Ahead(NamedTuple):
+    """What the ranks are told before they stage: the save's id, its ancestors, the keys that are carried."""
+
+    save_id: str
+    chain: Chain
+    carried: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -41,13 +88,13 @@ class Assignment:
     cohorts: Mapping[str, str]
 
 
-def gather(plans: list[SavePlan], infos: list[RankInfo], layers: LayerMap, base: Base | None) -> State:
+def gather(infos: list[RankInfo], layers: LayerMap, base: Base | None) -> State:
     """Describe the state that all ranks together are saving.
 
     Raises:
         ConflictingStateError: two ranks hold one key with different shapes or dtypes.
     """
-    shapes = _shapes(plans)
+    shapes = _agreed(infos)
     paths = {key: path for info in infos for key, path in info.paths.items() if key in shapes}
     entries = layers.classify(paths, {key for key, shape in shapes.items() if shape.size is not None})
     units: dict[Unit, list[str]] = {}
@@ -64,11 +111,10 @@ def gather(plans: list[SavePlan], infos: list[RankInfo], layers: LayerMap, base:
     )
 
 
-def keep_due(plans: list[SavePlan], decision: Decision, state: State) -> list[SavePlan]:
+def keep_due(plans: list[SavePlan], carried: set[str]) -> list[SavePlan]:
     """Drop the items that are carried."""
-    if not decision.origins:
+    if not carried:
         return plans
-    carried = {key for unit in decision.origins for key in state.units[unit]}
     return [replace(p, items=[i for i in p.items if i.index.fqn not in carried]) for p in plans]
 
 
@@ -129,6 +175,7 @@ def make_record(
         narrowed={**narrowed, **kept},
         ties=state.ties,
         crcs={new: crcs[old] for old, new in decision.paths.items() if old in crcs},
+        fingerprints=remembered(state, decision.origins, base),
     )
 
 
@@ -144,31 +191,30 @@ def assign(plans: list[SavePlan], save_id: str, chain: Chain, labels: Mapping[st
     ]
 
 
-def _shapes(plans: Iterable[SavePlan]) -> dict[str, Shape]:
+def shapes_of(plan: SavePlan) -> dict[str, Shape]:
+    """Return global size and dtype of what a rank's items are parts of."""
     shapes: dict[str, Shape] = {}
-    holders: dict[str, int] = {}
-    for rank, plan in enumerate(plans):
-        for item in plan.items:  # ranks times tensors: every step counts
-            key, data = item.index.fqn, item.tensor_data
-            known = shapes.get(key)
-            if known is None:
-                shapes[key] = _shape(data)
-                holders[key] = rank
-            elif data is None or known.size != data.size or known.dtype != data.properties.dtype:
-                _check_agreement(key, known, _shape(data), holders[key], rank)
+    for item in plan.items:
+        data = item.tensor_data
+        shapes[item.index.fqn] = _NO_TENSOR if data is None else Shape(data.size, data.properties.dtype)
     return shapes
 
 
-def _shape(data: TensorWriteData | None) -> Shape:
-    return _NO_TENSOR if data is None else Shape(data.size, data.properties.dtype)
-
-
-def _check_agreement(key: str, known: Shape, shape: Shape, holder: int, rank: int) -> None:
-    if known != shape:
-        raise ConflictingStateError(
-            f"{key} is {_words(known)} on rank {holder} but {_words(shape)} on rank {rank}; every rank must hold a "
-            f"part of the same tensor."
-        )
+def _agreed(infos: list[RankInfo]) -> dict[str, Shape]:
+    """Put the shapes of all ranks together. Most jobs' ranks hold the same keys, which is seen at once."""
+    shapes = dict(infos[0].shapes)
+    for rank, info in enumerate(infos):
+        if info.shapes == infos[0].shapes:
+            continue
+        for key, shape in info.shapes.items():
+            known = shapes.setdefault(key, shape)
+            if known != shape:
+                holder = next(r for r, i in enumerate(infos) if key in i.shapes)
+                raise ConflictingStateError(
+                    f"{key} is {_words(known)} on rank {holder} but {_words(shape)} on rank {rank}; every rank must "
+                    f"hold a part of the same tensor."
+                )
+    return shapes
 
 
 _NO_TENSOR = Shape(None, None)

@@ -11,7 +11,7 @@ import struct
 import zlib
 from collections import defaultdict, deque
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from torch.serialization import get_crc32_options
 
@@ -61,6 +61,16 @@ def combine(first: int, second: int, length: int) -> int:
     return (_multiply(shift, first) if first else 0) ^ second
 
 
+class _Checked(NamedTuple):
+    """A large piece whose checksum had to be computed at once."""
+
+    size: int
+    crc: int
+
+
+_Piece = bytes | memoryview | _Checked
+
+
 class ChecksumStream(io.RawIOBase):
     """Passes bytes on to a file and notes the CRC of each blob that DCP's writer puts there.
 
@@ -72,7 +82,7 @@ class ChecksumStream(io.RawIOBase):
         super().__init__()
         self._raw = raw
         self._start = 0
-        self._pieces: list[bytes | memoryview] = []
+        self._pieces: list[_Piece] = []
         self.blobs: dict[int, int] = {}
 
     def writable(self) -> bool:
@@ -82,8 +92,12 @@ class ChecksumStream(io.RawIOBase):
     def write(self, data: Any) -> int:
         """Write all of ``data``."""
         view = memoryview(data).cast("B")
-        # A large view is the tensor itself, which outlives its blob: no copy is made of it.
-        self._pieces.append(view if len(view) >= _LARGE else bytes(view))
+        if len(view) >= _LARGE:
+            # The view is the tensor itself, which outlives its blob: no copy is made of it. Where torch computes
+            # no CRC of it this is the time to do so, as what else is pickled may not live as long.
+            self._pieces.append(view if get_crc32_options() else _Checked(len(view), zlib.crc32(view)))
+        elif view:
+            self._pieces.append(bytes(view))
         self._raw.write(view)
         return len(view)
 
@@ -99,33 +113,39 @@ class ChecksumStream(io.RawIOBase):
         """End a blob."""
         if self._pieces:
             self.blobs[self._start] = _crc_of(self._pieces)
-            self._start += sum(len(piece) for piece in self._pieces)
+            self._start += sum(map(_size, self._pieces))
             self._pieces = []
         if not self._raw.closed:
             self._raw.flush()
 
 
-def _crc_of(pieces: list[bytes | memoryview]) -> int:
+def _size(piece: _Piece) -> int:
+    return piece.size if isinstance(piece, _Checked) else len(piece)
+
+
+def _crc_of(pieces: list[_Piece]) -> int:
     known = _known(pieces)
     crc = 0
     for piece in pieces:
-        if isinstance(piece, memoryview) and known[len(piece)]:
+        if isinstance(piece, _Checked):
+            crc = combine(crc, piece.crc, piece.size)
+        elif isinstance(piece, memoryview) and known[len(piece)]:
             crc = combine(crc, known[len(piece)].popleft(), len(piece))
         else:
             crc = zlib.crc32(piece, crc)
     return crc
 
 
-def _known(pieces: list[bytes | memoryview]) -> dict[int, deque[int]]:
+def _known(pieces: list[_Piece]) -> dict[int, deque[int]]:
     """Return the CRCs that ``torch.save`` computed of the large pieces, by size and in order."""
     known: defaultdict[int, deque[int]] = defaultdict(deque)
-    if get_crc32_options():  # switched off, the archive has numbers there that are no CRCs
+    sizes = [len(piece) for piece in pieces if isinstance(piece, memoryview)]
+    if sizes:
         for size, crc in _archived(b"".join(p for p in pieces if isinstance(p, bytes))):
             known[size].append(crc)
-        sizes = [len(piece) for piece in pieces if isinstance(piece, memoryview)]
-        for size in known:
-            if sizes.count(size) != len(known[size]):  # a record in several pieces: no telling which is which
-                known[size].clear()
+    for size in known:
+        if sizes.count(size) != len(known[size]):  # a record in several pieces: no telling which is which
+            known[size].clear()
     return known
 
 

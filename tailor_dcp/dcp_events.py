@@ -2,8 +2,8 @@
 
 A stock ``dcp.load`` knows nothing of us, yet what it loads decides what a later save may
 carry. DCP logs the start and the end of each of its calls as a dict, always, to a logger of
-its own; one handler there sees them all. Where logging is switched off we would be deaf,
-so ``listening()`` says whether we can be trusted.
+its own; one handler there sees them all. Where logging is switched off we are deaf: ``listening()``
+says so at the moment, and ``when_deaf`` tells of each call that went unheard.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class _Handler(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
         self.listeners: dict[tuple[str, str], list[Listener]] = {}
+        self.when_deaf: list[Callable[[], None]] = []
         self.calls = threading.local()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -42,7 +43,10 @@ class _Handler(logging.Handler):
         if name in _CALLS:
             self._track(event, Call(name, checkpoint_id))
         for listener in self.listeners.get((name, event), ()):
-            listener(checkpoint_id)
+            try:
+                listener(checkpoint_id)
+            except Exception:  # a save that is committed must not fail for it
+                self.handleError(record)
 
     def _track(self, event: str, call: Call) -> None:
         stack: list[Call] = self.stack()
@@ -69,17 +73,31 @@ def start_listening() -> None:
     """Attach the handler; calling again does nothing."""
     if _handler not in _logger().handlers:
         _logger().addHandler(_handler)
+    # Logging may be off just while something is loaded. A dropped record leaves this one trace.
+    _logger().isEnabledFor = _is_enabled  # type: ignore[method-assign]
+
+
+def _is_enabled(level: int) -> bool:
+    enabled = logging.Logger.isEnabledFor(_logger(), level)
+    for listener in () if enabled else _handler.when_deaf:
+        listener()
+    return enabled
 
 
 def listening() -> bool:
     """Tell whether every call of DCP is heard: the handler is attached and logging is on."""
     logger = _logger()
-    return _handler in logger.handlers and logger.isEnabledFor(logging.DEBUG) and not logger.disabled
+    return _handler in logger.handlers and logging.Logger.isEnabledFor(logger, logging.DEBUG)
 
 
 def subscribe(name: str, event: str, listener: Listener) -> None:
     """Call ``listener(checkpoint_id)`` at each ``event`` (start, end) of DCP's function ``name``."""
     _handler.listeners.setdefault((name, event), []).append(listener)
+
+
+def when_deaf(listener: Callable[[], None]) -> None:
+    """Call ``listener()`` whenever DCP does something that cannot be heard."""
+    _handler.when_deaf.append(listener)
 
 
 def current_call() -> Call | None:

@@ -62,9 +62,7 @@ class Decision:
     paths: Mapping[str, str] = field(default_factory=dict)
 
 
-def decide(
-    state: State, base: Base | None, target: Location, rules: Rules, present: Collection[str] = ()
-) -> Decision:
+def decide(state: State, base: Base | None, target: Location, rules: Rules, present: Collection[str] = ()) -> Decision:
     """Choose the due units and make the files of all others part of the target.
 
     Args:

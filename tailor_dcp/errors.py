@@ -33,6 +33,10 @@ class ConflictingStateError(TailorError, ValueError):
     """Ranks disagree about a tensor, or the state does not cover it."""
 
 
+class LoadError(TailorError):
+    """A checkpoint does not hold what is asked of it, or not in a form that can be loaded; nothing was overwritten."""
+
+
 class NoCheckpointError(TailorError, FileNotFoundError):
     """No committed checkpoint was found where one was asked for."""
 

@@ -12,7 +12,7 @@ from tailor_dcp.base import Base, open_base
 from tailor_dcp.errors import NoCheckpointError
 from tailor_dcp.layers import LayerMap
 from tailor_dcp.location import METADATA
-from tailor_dcp.metadata.compose import file_sizes, shape_of
+from tailor_dcp.metadata.compose import file_sizes, shape_of, unstored
 from tailor_dcp.metadata.record import Origin, UnitRecord
 from tailor_dcp.runs import latest
 from tailor_dcp.units import Unit
@@ -65,7 +65,7 @@ class Inspection:
         live: bytes that loading this checkpoint reads.
         pinned: dead bytes in the files it holds: kept on disk, never read.
         metadata: size of ``.metadata``.
-        missing: files that it needs and that are not there, or too short.
+        missing: files that it needs and that are not there, or too short; tensors of which it tells no file.
     """
 
     path: str
@@ -112,7 +112,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     record = base.record
     return Inspection(
         path=str(folder),
-        step=base.location.step,
+        step=base.origin.step,
         save_id=base.save_id,
         policy=record.policy if record else None,
         carry=record.carry if record else None,
@@ -123,7 +123,10 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         live=live,
         pinned=max(0, sum(size or 0 for size in sizes.values()) - live),
         metadata=(folder / METADATA).stat().st_size,
-        missing=tuple(sorted(n for n, size in sizes.items() if size is None or size < needed[n])),
+        missing=(
+            *sorted(n for n, size in sizes.items() if size is None or size < needed[n]),
+            *(f"{key} (in no file)" for key in unstored(base.metadata)),
+        ),
     )
 
 
@@ -153,7 +156,7 @@ def _views(base: Base) -> Iterable[UnitView]:
 def _view(unit: Unit, origin: Origin, keys: Iterable[str], base: Base) -> UnitView:
     infos = [info for key in keys for _, info in base.blobs[key]]
     shapes = [shape_of(base.metadata.state_dict_metadata[key]) for key in keys]
-    step = base.location.step
+    step = base.origin.step
     return UnitView(
         layer=unit.layer,
         kind=unit.kind,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +27,15 @@ _LONGEST_CHAIN = 8  # a save whose eight last ancestors are all gone writes ever
 class Ancestor:
     """A checkpoint that the training state descends from.
 
-    Known by the id of its save or, where a stock ``dcp.load`` was seen that tells none,
-    by the stamp that its ``.metadata`` had at that time.
+    Known by the id of its save; where a stock ``dcp.load`` was seen, which tells none, by the
+    stamp that its ``.metadata`` had at that time; where a process of its own was asked to save,
+    which draws the id, by not being older than the asking.
     """
 
     folder: str
     save_id: str | None = None
     stamp: Stamp | None = None
+    asked: float | None = None
 
 
 Chain = tuple[Ancestor, ...]
@@ -129,10 +132,20 @@ def extend(chain: Chain, newest: Ancestor) -> Chain:
     return (newest, *(a for a in chain if a != newest))[:_LONGEST_CHAIN]
 
 
-def saved(location: Location, save_id: str, chain: Chain) -> None:
-    """Remember a save and what it descends from; whether it was committed is looked up when it matters."""
+def saved(location: Location, save_id: str, chain: Chain, planned: int) -> None:
+    """Remember a save and what it descends from; whether it was committed is looked up when it matters.
+
+    Args:
+        location: the checkpoint being written.
+        save_id: its save's id.
+        chain: the ancestors of what it holds.
+        planned: the generation when its planning began. If the training state was loaded since,
+            as it can be during an asynchronous save, it does not descend from this save.
+    """
     newest = Ancestor(str(location.folder), save_id)
     with _lock:
+        if planned != _generation:
+            return
         _branches[location.run, location.series] = _Branch(extend(chain, newest), None)
 
 
@@ -186,7 +199,26 @@ def _reading_ends(checkpoint_id: str | None) -> None:
             _branches[here.run, here.series] = _Branch((ancestor,), (here.run, here.step))
 
 
+def _asked_to_save(checkpoint_id: str | None) -> None:
+    """Note an asynchronous save in the trainer: the process that makes it may not be this one."""
+    if checkpoint_id is None or is_url(checkpoint_id):
+        return
+    here = locate(checkpoint_id)
+    asked = Ancestor(str(here.folder), asked=time.time())
+    with _lock:
+        known = _branches.get((here.run, here.series))
+        _branches[here.run, here.series] = _Branch(extend(known.chain if known else (), asked), None)
+
+
+def _load_failed(checkpoint_id: str | None) -> None:
+    """Some rank's state may be half overwritten, even where this rank's own reading went well."""
+    forget()
+
+
 # `read_data` is the innermost step of every load of DCP's, the deprecated calls included.
 dcp_events.subscribe("read_data", "start", _reading_starts)
 dcp_events.subscribe("read_data", "end", _reading_ends)
+dcp_events.subscribe("load", "exception", _load_failed)
+dcp_events.subscribe("async_save", "start", _asked_to_save)
+dcp_events.when_deaf(forget)  # what went unheard may have been a load
 dcp_events.start_listening()

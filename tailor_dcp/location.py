@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-_DEEPEST_SERIES = 2  # higher up, a number is somebody's home, not a step
+DEEPEST_SERIES = 2
+"""Folders between a step's and its checkpoints: higher up, a number is somebody's home, not a step."""
 
 METADATA = ".metadata"
 """A checkpoint is committed when the file of this name exists in its folder."""
@@ -54,7 +55,7 @@ def locate(checkpoint_id: str | os.PathLike[str]) -> Location:
     ``checkpoint-N`` or ``global_stepN`` (any of ``-_=`` or nothing between), or all digits.
     """
     folder = Path(os.path.abspath(checkpoint_id))  # noqa: PTH100 - resolve() would lose the step's name
-    for place in (folder, *list(folder.parents)[:_DEEPEST_SERIES]):
+    for place in (folder, *list(folder.parents)[:DEEPEST_SERIES]):
         found = _STEP_NAME.fullmatch(place.name)
         if found:
             series = folder.relative_to(place).as_posix()

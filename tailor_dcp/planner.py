@@ -8,16 +8,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch.distributed as dist
 from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import _StoragePrefix
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
 from tailor_dcp import base as bases
-from tailor_dcp import dcp_events, lineage, sweep
+from tailor_dcp import carry as carrying
+from tailor_dcp import changes, dcp_events, lineage, sweep
 from tailor_dcp.base import Base
 from tailor_dcp.collector import collector_off
-from tailor_dcp.coordination import Assignment, RankInfo, assign, gather, keep_due, make_record, narrow
+from tailor_dcp.coordination import (
+    Ahead,
+    Assignment,
+    Prepared,
+    RankInfo,
+    assign,
+    gather,
+    keep_due,
+    make_record,
+    narrow,
+    shapes_of,
+)
 from tailor_dcp.decision import Decision, Rules, decide
 from tailor_dcp.errors import ConflictingStateError, SaveRefusedError, TailorWarning
 from tailor_dcp.layers import LayerMap
@@ -27,6 +40,7 @@ from tailor_dcp.metadata.compose import CompositeMetadata, uncovered
 from tailor_dcp.metadata.record import Record
 from tailor_dcp.policies import Policy, parse_policy
 from tailor_dcp.selection import State, cohorts
+from tailor_dcp.stager import LayerwiseStager
 from tailor_dcp.ties import find_ties
 
 Carry = Literal["auto", "link", "reference", "copy"]
@@ -81,9 +95,10 @@ class LayerwisePlanner(DefaultSavePlanner):
         if full_every is not None and full_every < 1:
             raise SaveRefusedError(f"full_every={full_every} makes no sense; use 1 or more, or None for never.")
         super().__init__(dedup_save_to_lowest_rank=dedup_save_to_lowest_rank)
-        self._base = Path(base) if base not in ("auto", None) else base
-        if isinstance(self._base, Path):
-            bases.check_explicit(self._base)
+        self._base: Path | str | None = "auto" if base == "auto" else None
+        if base is not None and base != "auto":
+            bases.check_explicit(base)
+            self._base = Path(base)
         self._rules = Rules(
             policy=parse_policy(policy),
             mode="link" if carry == "auto" else carry,
@@ -93,9 +108,13 @@ class LayerwisePlanner(DefaultSavePlanner):
         )
         self._pid = os.getpid()
         self._snapshot = lineage.snapshot()
+        self._generation = lineage.generation()
         self._target = locate(".")
         self._remote = True
+        self._address = ""
         self._assignment: Assignment | None = None
+        self._present: set[str] | None = None
+        self._prepared: Prepared | None = None
 
     @property
     def policy(self) -> Policy:
@@ -120,13 +139,16 @@ class LayerwisePlanner(DefaultSavePlanner):
         checkpoint_id = storage_meta.checkpoint_id if storage_meta else None
         self._remote = checkpoint_id is None or is_url(checkpoint_id)
         self._target = locate(str(checkpoint_id or ".").rpartition("://")[2])
+        self._address = str(checkpoint_id) if self._remote else str(self._target.folder)
         self._assignment = None
+        self._present = None
         self._refresh()
 
     def create_local_plan(self) -> SavePlan:
         """Plan this rank's items as DCP does, and find the tied parameters among them."""
         plan = super().create_local_plan()
-        info = RankInfo(self.mappings, tuple(find_ties(self.state_dict)))
+        parts = changes.measure(plan, self.lookup_object) if self.policy.needs_fingerprints else {}
+        info = RankInfo(self.mappings, shapes_of(plan), tuple(find_ties(self.state_dict)), parts)
         return replace(plan, planner_data=info)
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
@@ -136,6 +158,7 @@ class LayerwisePlanner(DefaultSavePlanner):
             SaveRefusedError: the writer does not keep the file names that make carrying safe.
         """
         if not isinstance(new_plan.storage_data, _StoragePrefix):
+            self._withdraw()
             raise SaveRefusedError(
                 "LayerwisePlanner saves through FileSystemWriter or LayerwiseWriter; this writer would write "
                 "the due layers alone as if they were everything. Save with one of those two."
@@ -144,13 +167,18 @@ class LayerwisePlanner(DefaultSavePlanner):
         if not isinstance(assignment, Assignment):
             raise SaveRefusedError("The coordinator saves with another planner than this rank; use one on all.")
         if not self._remote:
-            lineage.saved(self._target, assignment.save_id, assignment.chain)
+            lineage.saved(self._target, assignment.save_id, assignment.chain, self._generation)
         self._assignment = assignment
         return super().finish_plan(replace(new_plan, planner_data=self.mappings))
 
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:
         """Narrow a tensor that is stored in another dtype than the training state's."""
         if write_item.type != WriteItemType.BYTE_IO and write_item.tensor_data is not None:
+            if object.is_meta:
+                raise SaveRefusedError(
+                    f"{write_item.index.fqn} is due but has no data: it was staged for another save. Give the save "
+                    f"the planner that made its stager."
+                )
             return object.to(write_item.tensor_data.properties.dtype)
         return super().transform_object(write_item, object)
 
@@ -174,30 +202,100 @@ class LayerwisePlanner(DefaultSavePlanner):
                 "use_collectives=False is refused: every rank would decide alone what is due and their "
                 "choices could differ. Leave use_collectives on; the choice itself costs no collective."
             )
-        with collector_off():
-            return self._plan_all(all_plans)
+        for rank, plan in enumerate(all_plans):
+            if not isinstance(plan.planner_data, RankInfo):
+                raise SaveRefusedError(f"Rank {rank} saves with another planner than the coordinator; use one on all.")
+        try:
+            with collector_off():
+                return self._plan_all(all_plans)
+        except BaseException:
+            self._withdraw()
+            raise
 
     def _plan_all(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         infos: list[RankInfo] = [plan.planner_data for plan in all_plans]
+        ready = self._staged_for(infos) if self._prepared else self._prepare(infos)
         plans = [replace(p, planner_data=i.paths) for p, i in zip(all_plans, infos, strict=True)]
-        token = self._token()
-        save_id = lineage.claim(token.save_id if token else None)
-        chain = self._ancestors(token)
-        base = self._find_base(chain)
-        state = gather(plans, infos, self._rules.layers, base)
-        self._warn_if_nothing_can_be_carried(state)
-        leftovers = set() if self._remote else sweep.leftovers(self._target.folder)
-        decision = decide(state, base, self._target, self._rules)
+        state, decision, base = ready.state, ready.decision, ready.base
         narrowed = narrow(plans, decision, state, self.policy)
-        due_plans, metadata = super().create_global_plan(keep_due(plans, decision, state))
+        due_plans, metadata = super().create_global_plan(keep_due(plans, ready.carried))
         problems = uncovered(metadata)
         if problems:
             raise ConflictingStateError(f"{problems[0]}; save from all the ranks that hold the rest.")
-        record = make_record(decision, state, base, self._target, narrowed, self.policy, save_id)
+        record = make_record(decision, state, base, self._target, narrowed, self.policy, ready.save_id)
         self.metadata = self._compose(metadata, base, decision, state, record)
-        sweep.after_commit(self._target, leftovers, self.metadata)
+        sweep.after_commit(self._target, set(ready.present), ready.save_id)
         labels = cohorts(self.policy, decision.request, state)
-        return assign(due_plans, save_id, _after(chain, base), labels), self.metadata
+        return assign(due_plans, ready.save_id, _after(ready.chain, base), labels), self.metadata
+
+    def _prepare(self, infos: list[RankInfo]) -> Prepared:
+        """Decide what is due, and make the files of the rest part of the target."""
+        present = set() if self._remote else sweep.leftovers(self._target.folder)
+        self._present = present
+        token = self._token()
+        save_id = _claim(token, present)
+        chain = self._ancestors(token)
+        base = self._find_base(chain)
+        state = gather(infos, self._rules.layers, base)
+        state = changes.compare(state, (info.fingerprints for info in infos), base, self.policy)
+        self._warn_if_nothing_can_be_carried(state)
+        decision = decide(state, base, self._target, self._rules, present)
+        return Prepared(self._target, save_id, chain, base, state, decision, frozenset(present))
+
+    # Deciding before staging -------------------------------------------------------------
+
+    def stager(
+        self, checkpoint_id: str | os.PathLike[str], process_group: dist.ProcessGroup | None = None
+    ) -> LayerwiseStager:
+        """Return an ``async_stager=`` for ``dcp.async_save`` that copies only what is due.
+
+        It decides before anything is copied, so the stall falls with the bytes; the save must
+        then be given this planner and this folder. Make a new one for every save.
+
+        Args:
+            checkpoint_id: the folder that the save is given.
+            process_group: the group that the save is given.
+        """
+        return LayerwiseStager(self, checkpoint_id, process_group)
+
+    def plan_ahead(self, infos: list[RankInfo]) -> Ahead:
+        """Decide on the coordinator before staging; ``create_global_plan`` will obey."""
+        try:
+            with collector_off():
+                self._prepared = self._prepare(infos)
+        except BaseException:
+            self._withdraw()
+            raise
+        ready = self._prepared
+        return Ahead(ready.save_id, _after(ready.chain, ready.base), frozenset(ready.carried))
+
+    def accept_ahead(self, ahead: Ahead) -> frozenset[str]:
+        """Take over, on every rank, what was decided; return the keys that are carried."""
+        if not self._remote:
+            # The save may run in another process: what this one descends from is noted here.
+            lineage.saved(self._target, ahead.save_id, ahead.chain, self._generation)
+        return ahead.carried
+
+    def _staged_for(self, infos: list[RankInfo]) -> Prepared:
+        """Return what was decided before staging, once it is sure that it still holds.
+
+        Raises:
+            SaveRefusedError: another folder, another state, or carried files that are gone.
+        """
+        ready, self._prepared = self._prepared, None
+        assert ready is not None
+        why = None
+        if ready.target.folder != self._target.folder:
+            why = f"it was staged for {ready.target.folder} and is saved to {self._target.folder}"
+        elif any(ready.state.shapes.get(k) != shape for info in infos for k, shape in info.shapes.items()):
+            why = "the state has changed since it was staged"
+        else:
+            gone = [p for p in ready.decision.paths.values() if not (self._target.folder / p).exists()]
+            why = f"{self._target.folder / gone[0]}, which it carries, is gone" if gone else None
+        if why:
+            raise SaveRefusedError(f"This save cannot be made: {why}. Make a new stager for every save.")
+        self._present = set(ready.present)
+        return ready
 
     def _compose(
         self, metadata: Metadata, base: Base | None, decision: Decision, state: State, record: Record
@@ -210,18 +308,27 @@ class LayerwisePlanner(DefaultSavePlanner):
         metadata.state_dict_metadata = {key: keys[key] for key in state.shapes}
         return CompositeMetadata(metadata, decision.entries, record.to_builtins())
 
+    def _withdraw(self) -> None:
+        """Take back what was carried for a save that is refused."""
+        if self._present is not None and not self._remote:
+            carrying.remove(sweep.leftovers(self._target.folder) - self._present, self._target.folder)
+
     def _token(self) -> Token | None:
-        return Token.from_json(self.state_dict.get(TOKEN_KEY))
+        """Return the token that was made for this save; one that was merely loaded tells of an earlier one."""
+        token = Token.from_json(self.state_dict.get(TOKEN_KEY))
+        if token is None or token.folder not in (None, str(self._target.folder)):
+            return None
+        return token
 
     def _ancestors(self, token: Token | None) -> Chain:
         """Return what this state descends from, by its own token or by what the process saw."""
         if token is not None:
             return token.ancestors
-        known = self._snapshot.get((self._target.run, self._target.series), ())
-        if known and not dcp_events.listening():
-            self._warn("Logging is switched off, so a load through DCP would go unseen")
+        if not dcp_events.listening():
+            if self._base == "auto" and not self._remote:
+                self._warn("Logging is switched off, so a load through DCP would go unseen")
             return ()
-        return known
+        return self._snapshot.get((self._target.run, self._target.series), ())
 
     def _find_base(self, chain: Chain) -> Base | None:
         if self._base is None or self._remote:
@@ -240,12 +347,20 @@ class LayerwisePlanner(DefaultSavePlanner):
             self._warn("No parameter was recognised in the state dict")
 
     def _warn(self, reason: str) -> None:
-        warnings.warn(f"{reason}; {self._target.folder} is written as a whole.", TailorWarning, stacklevel=3)
+        warnings.warn(f"{reason}; {self._address} is written as a whole.", TailorWarning, stacklevel=3)
 
     def _refresh(self) -> None:
         """Look again at what this process saved and loaded; a pickled planner brings its own view."""
         if self._pid == os.getpid():
             self._snapshot = lineage.snapshot()
+        self._generation = lineage.generation()
+
+
+def _claim(token: Token | None, present: set[str]) -> str:
+    """Return the save's id, which becomes part of its files' names: none of those there may have it."""
+    save_id = lineage.claim(token.save_id if token else None)
+    taken = any(f"_{save_id[:8]}_" in name for name in present)
+    return lineage.claim(None) if taken else save_id
 
 
 def _after(chain: Chain, base: Base | None) -> Chain:

@@ -10,6 +10,8 @@ import hashlib
 import io
 import pickle
 import random
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,15 @@ import torch
 import torch.distributed as dist
 
 from tailor_dcp.errors import TailorError
+
+# Positions and generator states are often numpy's; nothing in these can run code.
+_NUMPY = [
+    np.ndarray,
+    np.dtype,
+    np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+    np._core.multiarray.scalar,  # type: ignore[attr-defined]
+    *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdU"},
+]
 
 
 def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
@@ -52,21 +63,42 @@ def unpack(packed: bytes, name: str) -> list[Any]:
         TailorError: an unknown class is in there, or it is damaged.
     """
     try:
-        values = torch.load(io.BytesIO(packed), weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        with torch.serialization.safe_globals(_NUMPY):
+            values = torch.load(io.BytesIO(packed), weights_only=True)
+    except Exception as error:  # whatever damaged bytes lead torch.load to
+        unknown = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if unknown is None:
+            raise TailorError(
+                f"{name} of the checkpoint is damaged ({type(error).__name__} while it was read); "
+                f"load another checkpoint."
+            ) from error
         raise TailorError(
-            f"{name} of the checkpoint cannot be restored ({str(error).splitlines()[0]}); if it holds a class of "
-            f"your own, admit it with torch.serialization.add_safe_globals([YourClass]) before loading."
+            f"{name} of the checkpoint holds a {unknown[1]}, a class that is not restored unasked; if you trust "
+            f"it, call torch.serialization.add_safe_globals([{unknown[1].rpartition('.')[2]}]) before loading."
         ) from error
     return values if isinstance(values, list) else [values]
 
 
+def same(a: Any, b: Any) -> bool:
+    """Tell whether two states are equal; ``==`` alone gives no answer where arrays are in them."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and np.array_equal(a, b)
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
 def rng_state() -> dict[str, Any]:
     """Return the states of Python's, numpy's and torch's generators (CPU and the current GPU)."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
     state = {
         "python": random.getstate(),
-        "numpy": [str(kind), [int(k) for k in keys], int(position), int(has_gauss), float(gauss)],
+        "numpy": np.random.get_state(legacy=False),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -78,8 +110,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
     """Set all generators to a state that ``rng_state`` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

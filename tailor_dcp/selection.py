@@ -26,12 +26,16 @@ class State:
         units: the units and their keys.
         ties: groups of keys that share storage.
         trained: the keys of weights that have optimizer state.
+        fingerprints: of every tensor; empty unless the policy needs them.
+        changed: whether a unit's bits differ from what the base holds; None or left out if unknown.
     """
 
     shapes: Mapping[str, Shape]
     units: Units
     ties: tuple[tuple[str, ...], ...] = ()
     trained: frozenset[str] = frozenset()
+    fingerprints: Mapping[str, int] = field(default_factory=dict)
+    changed: Mapping[Unit, bool | None] = field(default_factory=dict)
 
     @property
     def tied_units(self) -> list[set[Unit]]:
@@ -132,6 +136,7 @@ def make_request(
                 age=index - origin.nth if origin else None,
                 stack=place[0] if place else None,
                 number=place[1] if place else None,
+                changed=state.changed.get(unit) if origin else None,
             )
         )
     return SaveRequest(step, index, tuple(infos))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,13 +12,14 @@ from torch.distributed.checkpoint.metadata import Metadata
 from tailor_dcp import dcp_events
 from tailor_dcp.carry import CARRIED, prune_empty
 from tailor_dcp.errors import TailorError
-from tailor_dcp.location import METADATA, Location, same_folder
+from tailor_dcp.location import DEEPEST_SERIES, METADATA, Location, is_url, locate, same_folder
+from tailor_dcp.metadata.record import save_id_of
 from tailor_dcp.metadata.safe_pickle import read
 
 _DATA_FILE = re.compile(r"__\d+_.*\.distcp")
 
 _lock = threading.Lock()
-_pending: dict[str, tuple[Location, set[str], Metadata]] = {}
+_pending: dict[str, tuple[Location, set[str], str]] = {}
 
 
 def leftovers(folder: Path) -> set[str]:
@@ -28,11 +28,11 @@ def leftovers(folder: Path) -> set[str]:
     return own | {path.relative_to(folder).as_posix() for path in (folder / CARRIED).glob("*/*")}
 
 
-def after_commit(location: Location, old: set[str], metadata: Metadata) -> None:
-    """Remove ``old`` files as soon as DCP says that ``metadata`` is committed, never before."""
+def after_commit(location: Location, old: set[str], save_id: str) -> None:
+    """Remove ``old`` files as soon as DCP says that the save of this id is committed, never before."""
     if old:
         with _lock:
-            _pending[str(location.folder)] = (location, old, metadata)
+            _pending[str(location.folder)] = (location, old, save_id)
 
 
 def referring_files(location: Location) -> set[Path]:
@@ -42,7 +42,8 @@ def referring_files(location: Location) -> set[Path]:
         TailorError: one of them cannot be read, so it may refer to anything.
     """
     files: set[Path] = set()
-    for path in location.run.glob(f"**/{METADATA}"):
+    # No deeper than checkpoints lie: what counts as the run may be somebody's home.
+    for path in (p for depth in range(1, DEEPEST_SERIES + 2) for p in location.run.glob(f"{'*/' * depth}{METADATA}")):
         if not same_folder(path.parent, location.folder):
             files |= {(path.parent / name).resolve() for name in _names(read(path)) if ".." in name}
     return files
@@ -53,19 +54,24 @@ def _names(metadata: Metadata) -> set[str]:
 
 
 def _committed(checkpoint_id: str | None) -> None:
+    if checkpoint_id is None or is_url(checkpoint_id):
+        return
     with _lock:
-        found = _pending.pop(str(checkpoint_id), None)
+        found = _pending.pop(str(locate(checkpoint_id).folder), None)
     if found:
-        location, old, metadata = found
-        _sweep(location, old - _names(metadata))
+        _sweep(*found)
 
 
-def _sweep(location: Location, dead: Iterable[str]) -> None:
+def _sweep(location: Location, old: set[str], save_id: str) -> None:
     try:
+        metadata = read(location.folder / METADATA)
+        # After a save of ours that failed, a stock save may be the next: its files may have old names.
+        if save_id_of(metadata) != save_id:
+            return
         in_use = referring_files(location)
     except TailorError:
         return
-    for name in dead:
+    for name in old - _names(metadata):
         if (location.folder / name).resolve() not in in_use:
             with suppress(OSError):
                 (location.folder / name).unlink()

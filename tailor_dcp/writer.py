@@ -106,6 +106,9 @@ class LayerwiseWriter(FileSystemWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commit: the checkpoint is there as soon as ``.metadata`` has its name."""
+        if not self.use_collectives:  # a stock planner's, then: every rank has a metadata file of its own
+            super().finish(metadata, results)
+            return
         metadata.version = CURRENT_DCP_VERSION
         written = [result for of_rank in results for result in of_rank]
         metadata.storage_data = {result.index: result.storage_data for result in written}

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from tailor_dcp.errors import UnreadableMetadataError
@@ -62,6 +62,8 @@ class Record:
         narrowed: the training state's dtype of each key that was stored in a narrower one.
         ties: groups of keys that share one storage in the training state.
         crcs: CRC-32 of blobs: file, then offset. Only ``LayerwiseWriter`` fills it.
+        fingerprints: of the values that the keys had at their origin, in the training state's dtype
+            (``tailor_dcp.fingerprint``). Only saves whose policy needs them add any.
     """
 
     save_id: str
@@ -75,6 +77,7 @@ class Record:
     narrowed: Mapping[str, str] = field(default_factory=dict)
     ties: tuple[tuple[str, ...], ...] = ()
     crcs: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
+    fingerprints: Mapping[str, int] = field(default_factory=dict)
 
     def to_builtins(self) -> dict[str, Any]:
         """Return the serialised form. Origins are listed once: thousands of units share a handful."""
@@ -97,6 +100,8 @@ class Record:
             "narrowed": dict(self.narrowed),
             "ties": [list(group) for group in self.ties],
             "crcs": {file: dict(blobs) for file, blobs in self.crcs.items()},
+            # As text: they are wider than any integer of the formats that a record may pass through.
+            "fingerprints": {key: f"{value:x}" for key, value in self.fingerprints.items()},
         }
 
 
@@ -117,6 +122,7 @@ class _Serialised(BaseModel):
     narrowed: dict[str, str] = {}
     ties: list[list[str]] = []
     crcs: dict[str, dict[int, int]] = {}
+    fingerprints: dict[str, Annotated[str, Field(pattern=r"\A[0-9a-f]{1,32}\z")]] = {}
 
 
 def from_builtins(raw: object, source: str) -> Record:
@@ -157,6 +163,7 @@ def from_builtins(raw: object, source: str) -> Record:
         narrowed=s.narrowed,
         ties=tuple(tuple(group) for group in s.ties),
         crcs=s.crcs,
+        fingerprints={key: int(value, 16) for key, value in s.fingerprints.items()},
     )
 
 

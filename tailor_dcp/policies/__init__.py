@@ -7,6 +7,7 @@ from tailor_dcp.policies.full import Full
 from tailor_dcp.policies.moments import Moments
 from tailor_dcp.policies.parity import Parity
 from tailor_dcp.policies.parse import parse_policy
+from tailor_dcp.policies.unchanged import Unchanged
 
 __all__ = [
     "Either",
@@ -16,6 +17,7 @@ __all__ = [
     "Parity",
     "Policy",
     "SaveRequest",
+    "Unchanged",
     "UnitInfo",
     "parse_policy",
 ]

@@ -28,6 +28,8 @@ class UnitInfo:
             None if no ancestor holds them.
         stack: name of the numbered stack that the layer is in (``model.layers``), else None.
         number: its number there (12), else None.
+        changed: False if it is bit for bit what the newest ancestor holds; None if that is not known,
+            as it is unless the policy ``needs_fingerprints``.
     """
 
     layer: str
@@ -37,6 +39,7 @@ class UnitInfo:
     age: int | None = None
     stack: str | None = None
     number: int | None = None
+    changed: bool | None = None
 
     @property
     def unit(self) -> Unit:
@@ -88,6 +91,11 @@ class Policy(ABC):
     def storage_dtype(self, unit: Unit, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype in which a floating-point tensor of this unit is stored."""
         return dtype
+
+    @property
+    def needs_fingerprints(self) -> bool:
+        """True if the policy looks at ``UnitInfo.changed``, which costs a pass over the whole state."""
+        return False
 
     def __or__(self, other: Policy) -> Either:
         from tailor_dcp.policies.either import Either  # noqa: PLC0415 - Either is a Policy itself

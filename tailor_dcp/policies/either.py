@@ -66,6 +66,11 @@ class Either(Policy):
         narrower = [answer for answer in asked if answer.itemsize < dtype.itemsize]
         return max(narrower, key=lambda d: (d.itemsize, torch.finfo(d).max), default=dtype)
 
+    @property
+    def needs_fingerprints(self) -> bool:
+        """True if any of the policies does."""
+        return any(policy.needs_fingerprints for policy in self.policies)
+
     def __str__(self) -> str:
         return "|".join(str(policy) for policy in self.policies)
 

@@ -16,6 +16,7 @@ from tailor_dcp.policies.moments import Moments
 from tailor_dcp.policies.options import checked, option_names, shown
 from tailor_dcp.policies.parity import Parity
 from tailor_dcp.policies.plugins import find_plugin, plugin_names
+from tailor_dcp.policies.unchanged import Unchanged
 
 # Ours are entry points too, but have to work from a source folder that nobody installed, and
 # no other package may put itself in their place.
@@ -64,7 +65,15 @@ def _parsed(text: str) -> Policy:
 
 
 def _single(text: str) -> Policy:
-    """Parse ``name`` or ``name:option=value,option=value``."""
+    """Parse ``name``, ``name:option=value,option=value``, or either behind ``unchanged+``."""
+    prefix, _, inner = (token.strip() for token in text.partition("+"))
+    if prefix == Unchanged.name and inner:
+        return Unchanged(_single(inner))
+    if text.partition(":")[0].rstrip("+ ") == Unchanged.name:
+        raise PolicyError(
+            f"The policy {shown(text)} needs another one to say what is due: write 'unchanged+full', "
+            "or any other behind the '+'."
+        )
     name, colon, rest = (token.strip() for token in text.partition(":"))
     if not name:
         raise PolicyError(f"The policy {shown(text)} has no name before its ':'.")
@@ -79,7 +88,7 @@ def _single(text: str) -> Policy:
 def _policy_class(name: str) -> type[Policy]:
     policy = _OURS.get(name) or find_plugin(name)
     if policy is None:
-        known = sorted({*_OURS, *plugin_names()})
+        known = sorted({*_OURS, *plugin_names(), f"{Unchanged.name}+..."})
         raise PolicyError(
             f"There is no policy {shown(name)}{_did_you_mean(name, known)}; the known ones are {', '.join(known)}."
         )

@@ -239,10 +239,11 @@ class Outcome(NamedTuple):
 
 
 class Resumed(NamedTuple):
-    """A training that was saved and went on, and one that began otherwise and went on from that save."""
+    """How a training went on after a save, and how another one did that loaded it, fresh and once more later."""
 
     expected: Outcome
-    got: Outcome
+    resumed: Outcome
+    gone_back: Outcome
     keys: set[str]
     stock_keys: set[str]
 
@@ -265,9 +266,10 @@ def resume(group: Any, wrapping: str, model: str, path: str) -> Resumed:
     keys = set(dcp.FileSystemReader(path).read_metadata().state_dict_metadata)
     expected = _outcome(first, 3)
     again = Training(2, wrapping, group, model)
-    again.steps(1)
     again.load(path)
-    return Resumed(expected, _outcome(again, 3), keys, stock_keys)
+    resumed = _outcome(again, 3)
+    again.load(path)
+    return Resumed(expected, resumed, _outcome(again, 3), keys, stock_keys)
 
 
 def save_ranks(group: Any, path: str, together: bool) -> list[tuple[float, float, float]]:
@@ -304,6 +306,41 @@ def keep_training(group: Any, wrapping: str, run: str) -> list[int]:
         training.save(f"{run}/step-{step}")
     training.load(f"{run}/step-100")
     training.step()
+    training.save(f"{run}/step-140")
+    return origin_steps(f"{run}/step-140")
+
+
+def train_and_save(group: Any, wrapping: str, path: str) -> None:
+    """Train and save everything."""
+    training = Training(1, wrapping, group)
+    training.steps(2)
+    training.save(path, "full")
+
+
+def load_and_save(group: Any, wrapping: str, source: str, target: str) -> None:
+    """Load into a training that began otherwise, and save everything again."""
+    training = Training(2, wrapping, group)
+    training.load(source)
+    training.save(target, "full")
+
+
+def save_alone(group: Any, run: str) -> list[str]:
+    """Save twice as the only rank of its checkpoint; return the parent of the second."""
+    from tailor_dcp import LayerwisePlanner, inspect
+
+    training = Training(1, "plain", group)
+    folder = f"{run}/rank{training.rank}/step-{training.rank + 1}"
+    for path in (f"{folder}0", f"{folder}1"):
+        dcp.save(training.state, checkpoint_id=path, planner=LayerwisePlanner("parity"), no_dist=True)
+    return [str(inspect(f"{folder}1").parent)]
+
+
+def load_alone(group: Any, run: str) -> list[int]:
+    """Let the last rank load something on its own; return the steps that the next save's bytes come from."""
+    training = Training(1, "plain", group)
+    training.save(f"{run}/step-100")
+    if training.rank == dist.get_world_size(group) - 1:
+        dcp.load({"model": Net().state_dict()}, checkpoint_id=f"{run}/step-100", no_dist=True)
     training.save(f"{run}/step-140")
     return origin_steps(f"{run}/step-140")
 

@@ -105,7 +105,7 @@ def _spread(whole: torch.Tensor, spread: str, mesh: DeviceMesh) -> torch.Tensor:
     rank = mesh.get_local_rank()
     local = parts[rank] if rank < len(parts) else whole[:0]
     return DTensor.from_local(
-        local.contiguous(), mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
+        local.clone(), mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -101,14 +101,20 @@ def gather(infos: list[RankInfo], layers: LayerMap, base: Base | None) -> State:
     for key, entry in entries.items():
         units.setdefault(entry.unit, []).append(key)
     seen = [tie for info in infos for tie in info.ties]
-    remembered = base.record.ties if base and base.record else ()
-    ties = (tuple(key for key in tie if key in entries) for tie in merge_ties([*seen, *remembered]))
+    earlier = base.record.ties if base and base.record else ()
+    known = (tuple(key for key in tie if key in entries) for tie in merge_ties([*seen, *earlier]))
+    ties = tuple(tie for tie in known if len(tie) > 1)
     return State(
         shapes=shapes,
         units={unit: tuple(keys) for unit, keys in units.items()},
-        ties=tuple(tie for tie in ties if len(tie) > 1),
-        trained=frozenset(trained(entries)),
+        ties=ties,
+        trained=_with_twins(trained(entries), ties),
     )
+
+
+def _with_twins(keys: set[str], ties: Iterable[Tie]) -> frozenset[str]:
+    """Add the other names of tied weights: an optimizer knows each only by one."""
+    return frozenset(keys).union(*(tie for tie in ties if not keys.isdisjoint(tie)))
 
 
 def keep_due(plans: list[SavePlan], carried: set[str]) -> list[SavePlan]:

@@ -117,7 +117,8 @@ def _without_data(value: Any) -> Any:
 
 
 def _like(value: DTensor, local: torch.Tensor) -> DTensor:
-    return DTensor(local, value._spec, requires_grad=False)  # from_local would move it back to the mesh's device
+    # from_local would move it back to the mesh's device.
+    return DTensor(local, value._spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)

@@ -1,0 +1,120 @@
+"""Contents: what a checkpoint's keys are, which layers they belong to, and which files hold them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+from tailor_dcp.base import Base
+from tailor_dcp.errors import LoadError
+from tailor_dcp.inspection import unit_records
+from tailor_dcp.layers import Entry, LayerMap
+from tailor_dcp.location import is_within
+from tailor_dcp.metadata.compose import shape_of
+from tailor_dcp.metadata.record import UnitRecord
+from tailor_dcp.units import Unit
+
+
+class Contents:
+    """A checkpoint whose metadata was read, seen by key.
+
+    Attributes:
+        base: the checkpoint.
+        units: its units, in the model's order.
+    """
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+        self.units: dict[Unit, UnitRecord] = unit_records(base)
+        self._unit_of = {key: unit for unit, held in self.units.items() for key in held.keys}
+        self._paths: dict[str, Path] = {}
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint's folder."""
+        return self.base.location.folder
+
+    @cached_property
+    def layers(self) -> tuple[str, ...]:
+        """The names of its layers, in the model's order."""
+        return tuple(dict.fromkeys(unit.layer for unit in self.units))
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """The parameter's name and the kind of each key that the names alone tell."""
+        stored = self.base.metadata.state_dict_metadata
+        paths = {key: (self.base.metadata.planner_data or {}).get(key, (key,)) for key in stored}
+        return LayerMap().classify(paths, {key for key, entry in stored.items() if shape_of(entry).size is not None})
+
+    @cached_property
+    def by_name(self) -> dict[tuple[str, str], list[str]]:
+        """The keys of each parameter and kind; several if the checkpoint holds several models of one shape."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for key, entry in self.entries.items():
+            found.setdefault((entry.fqn, entry.unit.kind), []).append(key)
+        return found
+
+    def layer(self, key: str) -> str | None:
+        """Return the layer that a key belongs to, None for what belongs to none."""
+        unit = self._unit_of.get(key)
+        return unit.layer if unit else None
+
+    def described(self, key: str) -> str:
+        """Return what a key is, for messages: its layer, its kind and the step it comes from."""
+        unit = self._unit_of.get(key)
+        origin = self.units[unit].origin if unit else self.base.origin
+        what = f"{key} of layer {unit.layer}" if unit else key
+        return what if origin.step is None else f"{what} as of step {origin.step}"
+
+    def file(self, info: _StorageInfo) -> Path:
+        """Return the real path of the file that holds a blob.
+
+        Raises:
+            LoadError: it lies outside of the checkpoint's run.
+        """
+        name = info.relative_path
+        if name not in self._paths:
+            path, run = self.folder / name, self.base.location.run
+            if not is_within(path, run):
+                raise LoadError(
+                    f"{self.folder} refers to the file {name}, which lies outside of its run {run}, so it was not "
+                    f"opened; use a checkpoint whose files lie inside of the run."
+                )
+            self._paths[name] = Path(os.path.realpath(path))
+        return self._paths[name]
+
+    def check_files(self, blobs: Iterable[tuple[str, _StorageInfo]]) -> None:
+        """Check that files are there and long enough, reading none.
+
+        Args:
+            blobs: what will be read: the key and its place.
+
+        Raises:
+            LoadError: naming the first file that is missing or too short, and what it holds.
+        """
+        ends: dict[str, tuple[int, str, _StorageInfo]] = {}
+        for key, info in blobs:
+            if info.offset < 0 or info.length < 0:
+                raise LoadError(f"{self.folder} tells an impossible place for {key}; use another checkpoint.")
+            end = info.offset + info.length
+            if end > ends.get(info.relative_path, (-1, "", info))[0]:
+                ends[info.relative_path] = (end, key, info)
+        for end, key, info in ends.values():
+            self._check_file(self.file(info), end, key)
+
+    def _check_file(self, path: Path, end: int, key: str) -> None:
+        try:
+            size = path.stat().st_size if path.is_file() else None
+        except OSError:
+            size = None
+        if size is not None and size >= end:
+            return
+        state = "is missing" if size is None else f"has {size} bytes where at least {end} are needed"
+        raise LoadError(
+            f"{path} {state}, but holds {self.described(key)} for {self.folder}; restore the file, or take that layer "
+            f"from another step with LayerwiseLoadPlanner(steps=...)."
+        )

@@ -4,23 +4,33 @@
 policy finds due; ``dcp.load(state, checkpoint_id="run/step-200")`` reads a complete checkpoint, without this package.
 """
 
+from tailor_dcp.copying import copy
 from tailor_dcp.errors import TailorError, TailorWarning
 from tailor_dcp.inspection import inspect
 from tailor_dcp.layers import LayerMap
 from tailor_dcp.lineage import forget
+from tailor_dcp.load_planner import LayerwiseLoadPlanner
+from tailor_dcp.materialize import materialize
+from tailor_dcp.open_checkpoint import open_checkpoint
 from tailor_dcp.planner import LayerwisePlanner
+from tailor_dcp.prune import prune
 from tailor_dcp.runs import latest
 from tailor_dcp.state import TrainState
 from tailor_dcp.writer import LayerwiseWriter
 
 __all__ = [
     "LayerMap",
+    "LayerwiseLoadPlanner",
     "LayerwisePlanner",
     "LayerwiseWriter",
     "TailorError",
     "TailorWarning",
     "TrainState",
+    "copy",
     "forget",
     "inspect",
     "latest",
+    "materialize",
+    "open_checkpoint",
+    "prune",
 ]

@@ -7,7 +7,10 @@ import warnings
 
 import typer
 
+from tailor_dcp.cli.copy import copy
 from tailor_dcp.cli.inspect import inspect
+from tailor_dcp.cli.materialize import materialize
+from tailor_dcp.cli.prune import prune
 from tailor_dcp.errors import TailorError
 
 app = typer.Typer(
@@ -17,7 +20,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(inspect)
+for verb in (inspect, materialize, copy, prune):
+    app.command()(verb)
 
 
 @app.callback()

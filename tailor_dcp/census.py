@@ -1,0 +1,195 @@
+"""Census: what lies in a run's folder, which of it is committed, and which files that needs."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from tailor_dcp.carry import CARRIED
+from tailor_dcp.errors import NoCheckpointError, TailorError
+from tailor_dcp.location import METADATA, locate
+from tailor_dcp.metadata.record import record_of
+from tailor_dcp.metadata.safe_pickle import read
+
+STRIPPED = f"{METADATA}.pruned"
+"""What ``.metadata`` is called once its folder is no checkpoint any more but holds files that others need."""
+
+DOOMED = ".pruned-"
+"""What the name of a folder begins with while it is being removed."""
+
+_DATA = re.compile(r"__.*\.distcp|\.metadata\.tmp")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint, or one that was.
+
+    Attributes:
+        folder: its path.
+        time: when it was saved, as ``runs.commits`` has it.
+        changed: when its ``.metadata`` was last written.
+        files: the files that it needs, symbolic links and ``..`` resolved.
+    """
+
+    folder: Path
+    time: float
+    changed: float
+    files: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A folder of a run, with all that is in it.
+
+    Attributes:
+        folder: its path.
+        step: the step that its name tells, None if it tells none.
+        checkpoints: the committed checkpoints in it; more than one where each step has several series.
+        stripped: what were checkpoints until they were pruned.
+        files: all its files, symbolic links included, by path.
+        folders: all its folders, itself first.
+    """
+
+    folder: Path
+    step: int | None
+    checkpoints: tuple[Checkpoint, ...]
+    stripped: tuple[Checkpoint, ...]
+    files: tuple[Path, ...]
+    folders: tuple[Path, ...]
+
+    @property
+    def name(self) -> str:
+        """The folder's name in its run."""
+        return self.folder.name
+
+    @property
+    def time(self) -> float:
+        """When the last of its checkpoints was saved."""
+        return max(checkpoint.time for checkpoint in self.checkpoints)
+
+    @property
+    def doomed(self) -> bool:
+        """Whether its removal has begun."""
+        return self.name.startswith(DOOMED)
+
+    @property
+    def half_withdrawn(self) -> bool:
+        """Whether some of its series are checkpoints and some were: its removal had only just begun."""
+        committed = {checkpoint.folder for checkpoint in self.checkpoints}
+        return bool(committed) and any(checkpoint.folder not in committed for checkpoint in self.stripped)
+
+    @cached_property
+    def real(self) -> dict[str, Path]:
+        """Its files by what names them after every symbolic link is resolved."""
+        root = os.path.realpath(self.folder)
+        return {os.path.join(root, path.relative_to(self.folder)): path for path in self.files}  # noqa: PTH118
+
+    @property
+    def data(self) -> list[Path]:
+        """Its files that only saves make."""
+        return [path for path in self.files if _DATA.fullmatch(path.name) or self._carried(path)]
+
+    def loose(self, named: frozenset[str]) -> list[Path]:
+        """Return the data files that no checkpoint names: what a save is writing, or left when it failed."""
+        paths = self.real
+        data = set(self.data)
+        return [path for real, path in paths.items() if path in data and real not in named]
+
+    def unfinished(self, loose: Iterable[Path]) -> bool:
+        """Tell whether a part of it is not committed: a sub-folder with data, or all of it."""
+        if not self.files:
+            return True  # a save that has only just begun
+        homes = [c.folder for c in (*self.checkpoints, *self.stripped)]
+        return any(not any(path.is_relative_to(home) for home in homes) for path in loose)
+
+    def touched(self, loose: Iterable[Path]) -> float:
+        """Return when it was last written to. A link's own time is that of the file that it leads to."""
+        own = [path for path in loose if not self._carried(path)]
+        return max((_changed(path) for path in (*self.folders, *own)), default=0.0)
+
+    def _carried(self, path: Path) -> bool:
+        return CARRIED in path.relative_to(self.folder).parts
+
+
+def census(run: Path) -> list[Entry]:
+    """Return the folders of a run, in the order of their names.
+
+    Raises:
+        TailorError: a ``.metadata`` in it cannot be read, so it may need anything.
+    """
+    folders = sorted(path for path in run.iterdir() if path.is_dir() and not path.is_symlink())
+    return [_entry(folder, run) for folder in folders]
+
+
+def aliases(run: Path) -> dict[str, list[str]]:
+    """Return the symbolic links of a run, such as ``best``, by the real path of what they lead to."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(run.iterdir()):
+        if path.is_symlink():
+            found.setdefault(os.path.realpath(path), []).append(path.name)
+    return found
+
+
+def needed(checkpoints: Iterable[Checkpoint]) -> frozenset[str]:
+    """Return the files that any of these checkpoints needs."""
+    return frozenset().union(*(checkpoint.files for checkpoint in checkpoints))
+
+
+def walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Yield each folder below and at ``folder`` with its files; symbolic links are files, never followed."""
+    for place, folders, names in os.walk(folder):
+        here = Path(place)
+        links = [name for name in folders if (here / name).is_symlink()]
+        yield here, [here / name for name in sorted([*names, *links])]
+
+
+def _entry(folder: Path, run: Path) -> Entry:
+    place = locate(folder)
+    step = place.step if place.run == Path(os.path.abspath(run)) else None  # noqa: PTH100 - as locate does
+    found = list(walk(folder))
+    files = [path for _, paths in found for path in paths]
+    doomed = folder.name.startswith(DOOMED)  # it is no checkpoint any more, whatever is left in it
+    return Entry(
+        folder=folder,
+        step=step,
+        checkpoints=() if doomed else tuple(_committed(path for path in files if path.name == METADATA)),
+        stripped=() if doomed else tuple(_stripped(path for path in files if path.name == STRIPPED)),
+        files=tuple(files),
+        folders=tuple(here for here, _ in found),
+    )
+
+
+def _checkpoint(path: Path) -> Checkpoint:
+    metadata = read(path)
+    record = record_of(metadata, str(path))
+    changed = _changed(path)
+    names = {info.relative_path for info in metadata.storage_data.values()}
+    files = frozenset(os.path.realpath(path.parent / name) for name in names)
+    # A file that is a symbolic link is needed itself, and so is what it leads to.
+    here = os.path.realpath(path.parent)
+    links = frozenset(os.path.normpath(os.path.join(here, name)) for name in names)  # noqa: PTH118
+    return Checkpoint(path.parent, record.time if record else changed, changed, files | links)
+
+
+def _committed(paths: Iterable[Path]) -> Iterator[Checkpoint]:
+    for path in paths:
+        with suppress(NoCheckpointError):  # stock writers remove the old one before they rename the new one
+            yield _checkpoint(path)
+
+
+def _stripped(paths: Iterable[Path]) -> Iterator[Checkpoint]:
+    for path in paths:
+        with suppress(TailorError):  # nothing needs it but the next prune, which then finds less
+            yield _checkpoint(path)
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.lstat().st_mtime
+    except OSError:  # removed since it was listed
+        return 0.0

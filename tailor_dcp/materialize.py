@@ -1,0 +1,219 @@
+"""Materializing: a self-contained copy of the bytes that a checkpoint needs, and of no others."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+from tailor_dcp.base import Base, open_base
+from tailor_dcp.blob_copier import BlobCopier, DamagedCheckpointError, Stretch, stretch_of
+from tailor_dcp.carry import sync_folder
+from tailor_dcp.collector import collector_off
+from tailor_dcp.errors import TailorError, UnreadableMetadataError
+from tailor_dcp.inspection import unit_records
+from tailor_dcp.lineage import new_save_id
+from tailor_dcp.location import METADATA, is_url, is_within
+from tailor_dcp.metadata.compose import StorageData, unstored
+from tailor_dcp.metadata.record import ATTRIBUTE, Record
+from tailor_dcp.ranges import Advance
+
+LARGEST_FILE = 4 << 30
+"""Bytes after which a new file is begun; a blob is never split."""
+
+
+__all__ = ["DamagedCheckpointError", "MaterializeError", "Materialized", "materialize"]
+
+
+class MaterializeError(TailorError, ValueError):
+    """The copy cannot be made as it is asked for."""
+
+
+@dataclass(frozen=True)
+class Materialized:
+    """What was copied.
+
+    Attributes:
+        path: the new checkpoint's folder.
+        bytes: bytes of its data files.
+        files: how many these are.
+        blobs: how many stretches of bytes were copied.
+        checked: how many of these had a checksum, which agreed.
+    """
+
+    path: str
+    bytes: int
+    files: int
+    blobs: int
+    checked: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain builtins, for ``--json``."""
+        return asdict(self)
+
+
+def materialize(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    verify: bool = True,
+    largest_file: int = LARGEST_FILE,
+    progress: Callable[[int, int], None] | None = None,
+) -> Materialized:
+    """Copy what a checkpoint needs into a folder that needs no other.
+
+    Only live bytes are copied, in the order of the state dict. The new checkpoint is a save of its
+    own that remembers the origins; plain ``dcp.load`` reads it. It appears under its name when it
+    is complete, and the input is never changed.
+
+    Args:
+        checkpoint: the folder to copy from.
+        out: the folder to make; it must not exist.
+        verify: check each blob against its checksum where there is one, and note a checksum of each.
+            Without it bytes are copied inside the kernel, and known checksums are carried over.
+        largest_file: bytes after which a new file is begun.
+        progress: is told how many of how many bytes are done.
+
+    Raises:
+        MaterializeError: ``out`` exists, or cannot be written.
+        NoCheckpointError: ``checkpoint`` is not committed.
+        UnreadableMetadataError: its ``.metadata`` is damaged, or names files outside of its run.
+        DamagedCheckpointError: a file is missing or too short, or a checksum differs.
+    """
+    target = _new(out)
+    base = open_base(Path(checkpoint))
+    stretches = _stretches(base)
+    partial = target.with_name(f".{target.name}.materialize")
+    with _partial_folder(partial, target):
+        save_id = new_save_id()
+        copier = BlobCopier(base, partial, save_id, verify, largest_file, _advance(stretches, progress))
+        with closing(copier):
+            for stretch in stretches:
+                copier.copy(stretch)
+        _commit(_metadata(base, target, save_id, copier), partial)
+        partial.rename(target)
+        sync_folder(target.parent)
+    total = sum(length for _, _, length in stretches)
+    return Materialized(str(target), total, copier.files, len(stretches), copier.checked)
+
+
+def _new(out: str | os.PathLike[str]) -> Path:
+    if is_url(out):
+        raise MaterializeError(f"{os.fspath(out)} is on an object store; only a local folder can be written.")
+    target = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link that lies there
+    if target.exists() or target.is_symlink():
+        raise MaterializeError(f"{target} exists already; name a folder that does not.")
+    return target
+
+
+@contextmanager
+def _partial_folder(partial: Path, target: Path) -> Iterator[None]:
+    """Make the folder that a copy grows in; nothing of it stays if the copy fails."""
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a copy that was killed
+        partial.mkdir(parents=True)
+        yield
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and not isinstance(error, TailorError):
+            raise MaterializeError(f"{target} cannot be written: {error.strerror or error}.") from error
+        raise
+
+
+def _advance(stretches: list[Stretch], progress: Callable[[int, int], None] | None) -> Advance:
+    total, done = sum(length for _, _, length in stretches), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress:
+            progress(done, total)
+
+    return advance
+
+
+# What to copy -----------------------------------------------------------------------------
+
+
+def _stretches(base: Base) -> list[Stretch]:
+    """Return the live bytes in the order of the state dict, each once.
+
+    Raises:
+        UnreadableMetadataError: they cannot be what a save has written.
+    """
+    source = base.location.folder / METADATA
+    missing = unstored(base.metadata)
+    if missing:
+        raise UnreadableMetadataError(f"{source} does not tell where {missing[0]} is stored; nothing was copied.")
+    infos = [info for blobs in base.blobs.values() for _, info in blobs]
+    for name in dict.fromkeys(info.relative_path for info in infos):
+        if not is_within(base.location.folder / name, base.location.run):
+            raise UnreadableMetadataError(
+                f"{source} names {name}, which lies outside of the run {base.location.run}; nothing was copied."
+            )
+    stretches = list(dict.fromkeys(stretch_of(info) for info in infos))
+    for (file, start, length), (other, next_start, _) in pairwise(sorted(stretches)):
+        # Overlapping ones could make a small file fill a disk.
+        if file == other and start + length > next_start:
+            raise UnreadableMetadataError(f"{source} places two entries in the same bytes of {file}; it is damaged.")
+    return stretches
+
+
+# Writing it down --------------------------------------------------------------------------
+
+
+def _metadata(base: Base, target: Path, save_id: str, copier: BlobCopier) -> Metadata:
+    old = base.metadata
+    moved: StorageData = {}
+    for index, info in ((index, info) for blobs in base.blobs.values() for index, info in blobs):
+        file, offset = copier.places[stretch_of(info)]
+        moved[index] = replace(info, relative_path=file, offset=offset)
+    modules = old.storage_meta.modules if old.storage_meta else []
+    metadata = Metadata(
+        state_dict_metadata=old.state_dict_metadata,
+        planner_data=old.planner_data,
+        storage_data=moved,
+        storage_meta=StorageMeta(checkpoint_id=str(target), save_id=save_id, modules=list(modules)),
+        version=old.version,
+    )
+    record = _record(base, save_id, copier.crcs)
+    if record is not None:
+        setattr(metadata, ATTRIBUTE, record.to_builtins())
+    return metadata
+
+
+def _record(base: Base, save_id: str, crcs: dict[str, dict[int, int]]) -> Record | None:
+    """Return the record: a save of its own that has copied everything and remembers where it comes from."""
+    if not base.save_id:
+        return None  # an old torch's, whose saves have no names: nothing could refer to it
+    old = base.record or Record(
+        save_id=base.save_id,
+        step=base.origin.step,
+        index=base.origin.nth,
+        time=(base.location.folder / METADATA).stat().st_mtime,
+        policy="full",
+        carry="copy",
+        parent=None,
+        units=unit_records(base),
+    )
+    # The time stays: it holds an old state, and among the checkpoints of a run must not pass for the newest.
+    return replace(old, save_id=save_id, carry="copy", parent=base.origin, crcs=crcs)
+
+
+def _commit(metadata: Metadata, folder: Path) -> None:
+    partial = folder / f"{METADATA}.tmp"
+    with collector_off(), partial.open("wb") as stream:
+        pickle.dump(metadata, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    sync_folder(folder)
+    partial.replace(folder / METADATA)
+    with suppress(OSError):
+        sync_folder(folder)

@@ -1,0 +1,54 @@
+"""Removing checkpoints so that at no moment a part of one looks like a whole one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tailor_dcp.carry import sync_folder
+from tailor_dcp.census import DOOMED, STRIPPED, Entry, walk
+from tailor_dcp.location import METADATA
+
+
+def condemned(entry: Entry, spared: set[Path]) -> list[Path]:
+    """Return the files of an entry that go: all of them, or only data where some of it stays."""
+    return [path for path in entry.data if path not in spared] if spared else list(entry.files)
+
+
+def withdraw(entry: Entry) -> None:
+    """Make a folder no checkpoint any more and touch nothing else.
+
+    It is done to all that go before the first byte does: of two that go, one may refer to the other.
+    """
+    for checkpoint in entry.checkpoints:
+        (checkpoint.folder / METADATA).replace(checkpoint.folder / STRIPPED)
+        sync_folder(checkpoint.folder)
+
+
+def remove(entry: Entry) -> None:
+    """Remove a folder. It loses its name first, so that a save into it begins anew and the next prune finds it."""
+    doomed = entry.folder
+    if not entry.doomed:
+        doomed = entry.folder.with_name(f"{DOOMED}{entry.name}")
+        if doomed.exists():  # an earlier removal of a folder of this name was cut off
+            _empty(doomed)
+        entry.folder.rename(doomed)
+        sync_folder(doomed.parent)
+    _empty(doomed)
+
+
+def _empty(folder: Path) -> None:
+    """Remove a folder with all that is in it."""
+    found = list(walk(folder))
+    for path in (path for _, paths in found for path in paths):
+        path.unlink(missing_ok=True)
+    for here, _ in reversed(found):  # what is deeper comes later in the walk
+        here.rmdir()
+
+
+def strip(entry: Entry, spared: set[Path]) -> None:
+    """Remove the data that nobody needs. The list of what was there stays, for the next prune to go by."""
+    for path in condemned(entry, spared):
+        path.unlink(missing_ok=True)
+    for folder in reversed(entry.folders):
+        if not any(folder.iterdir()):
+            folder.rmdir()

@@ -1,0 +1,353 @@
+"""Pruning: no kept checkpoint ever loses a byte, whatever is removed and however it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch.distributed.checkpoint as dcp
+import typer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from tailor_dcp.census import STRIPPED
+from tailor_dcp.cli.prune import prune as prune_command
+from tailor_dcp.errors import NoCheckpointError, UnreadableMetadataError
+from tailor_dcp.prune import PruneRefusedError, Pruning, prune
+from tailor_dcp.runs import commits
+from tests.support.forks import disk_use, killed_at
+from tests.support.runs import HEAD, L0, L1, L2, LAYERS, Run, due
+
+pytestmark = pytest.mark.filterwarnings("ignore:Detected an existing checkpoint", "ignore::tailor_dcp.TailorWarning")
+
+MODES = ("link", "reference")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path / "run")
+
+
+def fill(run: Run, carry: str, count: int = 5) -> None:
+    """Save everything, then one layer after the other."""
+    run.save(100)
+    for i in range(1, count):
+        run.save(100 * (i + 1), due(LAYERS[i % 4]), carry=carry)
+
+
+def whys(done: Pruning) -> dict[str, str]:
+    return {verdict.name: "; ".join(verdict.why) for verdict in done.verdicts}
+
+
+def committed(run: Run) -> list[str]:
+    return sorted(path.parent.name for path in run.folder.glob("*/.metadata"))
+
+
+def held(run: Run) -> dict[str, dict[str, int]]:
+    """Load every checkpoint with stock torch and tell what it holds."""
+    return {name: run.steps_of(name) for name in committed(run)}
+
+
+# Properties -------------------------------------------------------------------------------
+
+saves = st.lists(
+    st.tuples(
+        st.sampled_from([100, 200, 300, 400, 500]),
+        st.sets(st.sampled_from(LAYERS), max_size=3),
+        st.sampled_from(MODES),
+        st.one_of(st.none(), st.integers(0, 9)),  # which checkpoint training goes back to before this save
+    ),
+    min_size=2,
+    max_size=7,
+)
+rules = st.one_of(
+    st.tuples(st.integers(1, 3), st.none()), st.tuples(st.one_of(st.none(), st.just(1)), st.sampled_from([200, 300]))
+)
+
+
+@settings(max_examples=8)
+@given(saves=saves, rules=st.lists(rules, min_size=1, max_size=2), stop=st.integers(1, 40))
+def test_every_kept_checkpoint_holds_what_it_held(
+    saves: list[tuple[int, set[str], str, int | None]], rules: list[tuple[int | None, int | None]], stop: int
+) -> None:
+    """Any saves, by links and by references, back and forth; any rules; cut off anywhere and run again."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(Path(folder) / "run")
+        for n, (step, layers, carry, back) in enumerate(saves):
+            if back is not None and (there := committed(run)):
+                run.load(there[back % len(there)])
+            run.steps.add(step)
+            run.save(step, due(*layers), carry=carry)
+            if n == len(saves) // 2:
+                prune_and_check(run, *rules[0], stop)
+        for last, every in rules:
+            prune_and_check(run, last, every, stop)
+        before = held(run)
+        newest = commits(run.folder)[-1].folder
+        run.load(newest.name)
+        run.save(600, due(L0), carry="link")
+        assert run.origins(600)[L0] == 600
+        assert held(run).items() >= before.items()
+
+
+def prune_and_check(run: Run, last: int | None, every: int | None, stop: int) -> None:
+    before, order = held(run), commits(run.folder)
+    foretold = prune(run.folder, last, every, dry_run=True)
+    assert held(run) == before
+    used = disk_use(run.folder)
+    if killed_at(stop, run.folder, lambda: prune(run.folder, last, every)):
+        left = held(run)  # what looks like a checkpoint is one
+        assert left.items() <= before.items()
+        assert set(left) >= set(foretold.kept)
+        prune(run.folder, last, every)
+    assert held(run) == {name: before[name] for name in foretold.kept if name in before}
+    assert used - disk_use(run.folder) == foretold.freed
+    kept = {commit.folder.name for commit in order[-(last or 1) :]}
+    kept |= {commit.folder.name for commit in order if every and commit.step % every == 0}
+    assert set(committed(run)) == kept
+    again = prune(run.folder, last, every)
+    assert again.freed == 0
+    assert {verdict.action for verdict in again.verdicts} <= {"keep", "strip"}
+
+
+@pytest.mark.parametrize("carry", MODES)
+def test_a_prune_killed_at_any_change_is_finished_by_the_next(tmp_path: Path, carry: str) -> None:
+    """Every moment, one after the other: nothing looks whole that is not, nothing is left behind."""
+    saved = Run(tmp_path / "saved")
+    fill(saved, carry, 4 if carry == "link" else 7)
+    last_two = sorted(commit.folder.name for commit in commits(saved.folder))[-2:]
+    run = Run(tmp_path / "run")
+    run.steps = saved.steps
+    n, held_before = 1, held(saved)
+    while True:
+        shutil.rmtree(run.folder, ignore_errors=True)
+        subprocess.run(["cp", "-a", saved.folder, run.folder], check=True)
+        killed = killed_at(n, run.folder, lambda: prune(run.folder, keep_last=2))
+        assert held(run).items() <= held_before.items()
+        done = prune(run.folder, keep_last=2)
+        assert held(run) == {name: held_before[name] for name in last_two}
+        emptied = [] if carry == "link" else ["step-300", "step-400", "step-500"]
+        assert sorted(path.name for path in run.folder.iterdir()) == sorted([*emptied, *last_two])
+        if not killed:
+            break
+        n += 1
+    assert n > 6, "too few moments were tried"
+    assert done.freed == 0
+
+
+def test_series_killed_at_any_change(run: Run, tmp_path: Path) -> None:
+    """A step of which one series is no checkpoint any more is not taken for one of the last."""
+    for step in (100, 200, 300):
+        for series in ("model_0", "optimizer_0"):
+            run.save(step, to=f"checkpoint-{step}/{series}")
+    work, n, killed = tmp_path / "work", 1, True
+    while killed:
+        subprocess.run(["cp", "-a", run.folder, work], check=True)
+        killed = killed_at(n, work, lambda: prune(work, keep_last=2))
+        half = {path.parent.name for path in work.glob("checkpoint-100/*/.metadata")}
+        done = prune(work, keep_last=3 if len(half) < 2 else 2)
+        assert set(done.kept) == {"checkpoint-200", "checkpoint-300"}
+        assert sorted(path.name for path in work.iterdir()) == ["checkpoint-200", "checkpoint-300"]
+        shutil.rmtree(work)
+        n += 1
+    assert n > 6, "too few moments were tried"
+
+
+# What is kept and why ---------------------------------------------------------------------
+
+
+def test_it_says_why(run: Run) -> None:
+    """Each verdict has its reasons, and a dry run the same ones."""
+    fill(run, "link")
+    run.save(7, base=run.path(500), to="best-so-far")
+    foretold = prune(run.folder, keep_last=2, keep_every=200, dry_run=True)
+    done = prune(run.folder, keep_last=2, keep_every=200)
+    assert done.verdicts == foretold.verdicts
+    assert whys(done) == {
+        "step-100": "no rule keeps it",
+        "step-200": "every 200 steps",
+        "step-300": "no rule keeps it",
+        "step-400": "one of the last 2; every 200 steps",
+        "step-500": "one of the last 2; the newest: a save may be carrying from it",
+        "best-so-far": "no step in its name",
+    }
+    assert done.removed == ("step-100", "step-300")
+    assert foretold.to_dict()["verdicts"][0]["action"] == "remove"
+
+
+def test_last_goes_by_the_order_of_saving(run: Run) -> None:
+    """A run that went back: the abandoned step with the highest number is not the newest."""
+    fill(run, "link", 3)
+    run.load(100)
+    run.save(150, due(L0))
+    assert prune(run.folder, keep_last=1).kept == ("step-150",)
+    assert run.origins(150) == {**dict.fromkeys(LAYERS, 100), L0: 150}
+
+
+def test_with_references_a_folder_is_emptied_of_what_nobody_needs(run: Run) -> None:
+    """It is no checkpoint any more, holds the files that others refer to, and goes when they do."""
+    run.save(100, carry="reference")
+    run.save(200, due(L1, L2), carry="reference")
+    run.save(300, due(L2), carry="reference")
+    before = run.steps_of(300)
+    done = prune(run.folder, keep_last=1)
+    assert [v.action for v in done.verdicts] == ["strip", "strip", "keep"]
+    assert "step-300 refers to 1 of its files" in whys(done)["step-200"]
+    assert committed(run) == ["step-300"]
+    assert {p.name for p in run.path(100).iterdir()} >= {STRIPPED}
+    assert run.steps_of(300) == before
+    run.save(400, due(L0, L1, HEAD), carry="reference")
+    again = prune(run.folder, keep_last=1)
+    assert [v.action for v in again.verdicts] == ["remove", "remove", "strip", "keep"]
+    assert sorted(p.name for p in run.folder.iterdir()) == ["step-300", "step-400"]
+    assert run.origins(400) == {**dict.fromkeys(LAYERS, 400), L2: 300}
+
+
+def test_a_save_into_a_folder_that_was_emptied(run: Run) -> None:
+    """It is a checkpoint again, and what others need in it stays."""
+    fill(run, "reference", 3)
+    prune(run.folder, keep_last=1)
+    run.load(300)
+    before = run.origins(300)
+    run.save(100, due(*LAYERS), carry="reference")
+    assert prune(run.folder, keep_last=2).kept == ("step-100", "step-300")
+    assert run.origins(300) == before
+    assert run.origins(100) == dict.fromkeys(LAYERS, 100)
+
+
+@pytest.mark.parametrize("carry", MODES)
+def test_a_save_that_has_begun_is_left_alone_with_what_it_carries_from(run: Run, carry: str) -> None:
+    """The run went back to step 100 and is writing step 150, while 300 is the newest that is committed."""
+    fill(run, carry, 3)
+    run.path(150).mkdir()
+    (run.path(150) / "__0_deadbeef_0.distcp").write_bytes(b"half")
+    done = prune(run.folder, keep_last=1)
+    assert whys(done)["step-150"] == "not committed: a save may be writing it"
+    assert whys(done)["step-100"] == "the save into step-150 may be carrying from it"
+    assert "step-200" in done.removed
+    assert (run.path(150) / "__0_deadbeef_0.distcp").exists()
+    assert prune(run.folder, keep_last=1, incomplete=True).kept == ("step-100", "step-150", "step-300")
+
+
+def test_incomplete_removes_what_is_older_than_the_newest(run: Run) -> None:
+    """What a save that failed has left goes only on request."""
+    run.path(50).mkdir(parents=True)
+    (run.path(50) / "__0_deadbeef_0.distcp").write_bytes(b"half")
+    os.utime(run.path(50) / "__0_deadbeef_0.distcp", (1, 1))
+    os.utime(run.path(50), (1, 1))
+    fill(run, "link", 2)
+    assert "step-50" in prune(run.folder, keep_last=2).kept
+    done = prune(run.folder, incomplete=True)
+    assert done.removed == ("step-50",)
+    assert done.freed == 4
+    assert whys(done)["step-50"] == "not committed, and older than the newest checkpoint"
+
+
+def test_series_of_one_step_stay_together(run: Run) -> None:
+    """Accelerate's two checkpoints a step: both go or none; half a newest step keeps the one before."""
+    for step in (100, 200, 300):
+        for series in ("model_0", "optimizer_0"):
+            run.save(step, to=f"checkpoint-{step}/{series}")
+        (run.path(f"checkpoint-{step}") / "scheduler.bin").write_bytes(b"s")
+    run.save(400, to="checkpoint-400/model_0")
+    (run.path("checkpoint-400") / "optimizer_0").mkdir()
+    (run.path("checkpoint-400") / "optimizer_0" / "__0_deadbeef_0.distcp").write_bytes(b"half")
+    done = prune(run.folder, keep_last=1)
+    assert done.kept == ("checkpoint-300", "checkpoint-400")
+    assert sorted(path.name for path in run.folder.iterdir()) == ["checkpoint-300", "checkpoint-400"]
+
+
+def test_what_a_symbolic_link_leads_to_is_kept(run: Run) -> None:
+    """``best -> step-100`` keeps step 100."""
+    fill(run, "link", 3)
+    (run.folder / "best").symlink_to("step-100")
+    assert whys(prune(run.folder, keep_last=1))["step-100"] == "best leads to it"
+
+
+def test_other_folders_are_none_of_its_business(run: Run) -> None:
+    """Logs, and steps saved in other formats, stay."""
+    fill(run, "link", 2)
+    for name in ("logs", "checkpoint-50"):
+        (run.folder / name).mkdir()
+        (run.folder / name / "model.safetensors").write_bytes(b"x")
+    assert prune(run.folder, keep_last=1, incomplete=True).removed == ("step-100",)
+    assert (run.folder / "checkpoint-50" / "model.safetensors").exists()
+
+
+def test_metadata_of_each_rank_is_a_checkpoint_too(run: Run) -> None:
+    """What stock torch saved without collectives is not taken for a save that failed."""
+    dcp.save(run.state(50), checkpoint_id=run.path(50), use_collectives=False)
+    assert not (run.path(50) / ".metadata").exists()
+    fill(run, "link", 2)
+    assert prune(run.folder, keep_last=1, incomplete=True).removed == ("step-100",)
+    assert run.path(50).exists()
+
+
+def test_a_run_below_a_folder_of_an_unlucky_name(tmp_path: Path) -> None:
+    """Only what lies in a checkpoint's own ``carried`` was carried."""
+    run = Run(tmp_path / "carried" / "run")
+    fill(run, "reference", 3)
+    before = run.origins(300)
+    (run.path(100) / "notes.txt").write_text("mine")
+    assert prune(run.folder, keep_last=1).kept == ("step-300",)
+    assert (run.path(100) / "notes.txt").exists()
+    assert run.origins(300) == before
+
+
+# What is refused --------------------------------------------------------------------------
+
+
+def test_an_unreadable_metadata_stops_it(run: Run) -> None:
+    """It may need any file."""
+    fill(run, "link", 3)
+    (run.path(200) / ".metadata").write_bytes(b"garbage")
+    with pytest.raises(UnreadableMetadataError, match="step-200"):
+        prune(run.folder, keep_last=1)
+    assert run.path(100).exists()
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [({"keep_last": 0}, "keep_last=0"), ({"keep_every": -1}, "keep_every=-1"), ({}, "No rule")],
+)
+def test_rules_that_make_no_sense(run: Run, rule: dict[str, int], words: str) -> None:
+    """They are refused before anything is read."""
+    run.save(100)
+    with pytest.raises(PruneRefusedError, match=words):
+        prune(run.folder, **rule)
+
+
+def test_what_is_no_run(run: Run, tmp_path: Path) -> None:
+    """A checkpoint, an empty folder, nothing at all, an object store."""
+    run.save(100)
+    with pytest.raises(PruneRefusedError, match="a checkpoint itself"):
+        prune(run.path(100), keep_last=1)
+    with pytest.raises(NoCheckpointError, match="no committed checkpoint"):
+        prune(tmp_path, keep_last=1)
+    with pytest.raises(NoCheckpointError, match="no folder"):
+        prune(tmp_path / "nothing", keep_last=1)
+    with pytest.raises(PruneRefusedError, match="object store"):
+        prune("s3://bucket/run", keep_last=1)
+
+
+# The command ------------------------------------------------------------------------------
+
+
+def test_the_command(run: Run) -> None:
+    """A table for people, JSON for machines; the same verdicts."""
+    app = typer.Typer()
+    app.command()(prune_command)
+    fill(run, "link", 3)
+    shown = CliRunner().invoke(app, [str(run.folder), "--keep-last", "1", "--dry-run"])
+    assert shown.exit_code == 0
+    assert "the last one" in shown.stdout
+    assert "would free" in shown.stdout
+    told = json.loads(CliRunner().invoke(app, [str(run.folder), "--keep-last", "1", "--json"]).stdout)
+    assert told["removed"] == ["step-100", "step-200"]
+    assert committed(run) == ["step-300"]

@@ -102,6 +102,7 @@ def _pieces(shard: torch.Tensor, corner: list[int]) -> Iterator[tuple[torch.Tens
 def _piece(piece: torch.Tensor, corner: Sequence[int], size: Sequence[int]) -> int:
     """Add up a box that fits in memory twice: as rows of bytes that follow each other in the whole tensor."""
     width = piece.element_size()
+    word = min(width, 8)
     strides = [width * math.prod(size[dim + 1 :]) for dim in range(piece.dim())]
     split = piece.dim()
     while split and (split == piece.dim() or piece.shape[split] == size[split]):
@@ -116,13 +117,13 @@ def _piece(piece: torch.Tensor, corner: Sequence[int], size: Sequence[int]) -> i
         starts = (starts[:, None] + np.arange(length) * stride).reshape(-1)
     data = piece.contiguous().reshape(-1).view(torch.int8).reshape(rows, -1)
     if places == 1:
-        return _rows(data, int(starts[0] % BLOCK), starts // BLOCK, width)
+        return _rows(data, int(starts[0] % BLOCK), starts // BLOCK, word)
     found, group = np.unique(starts % BLOCK, return_inverse=True)
     order, ends = np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))
     total = 0
     for place, mine in zip(found, np.split(order, ends[:-1]), strict=True):
         chosen = data[torch.from_numpy(mine).to(data.device)]
-        total += _rows(chosen, int(place), starts[mine] // BLOCK, width)
+        total += _rows(chosen, int(place), starts[mine] // BLOCK, word)
     return total
 
 
@@ -142,7 +143,7 @@ def _among_zeros(piece: torch.Tensor, corner: Sequence[int], size: Sequence[int]
     return _piece(filled, [*corner[: lead + 1], *[0] * len(wide)], size)
 
 
-def _rows(data: torch.Tensor, place: int, blocks: NDArray[np.int64], width: int) -> int:
+def _rows(data: torch.Tensor, place: int, blocks: NDArray[np.int64], word: int) -> int:
     """Add up rows of bytes that all start at one place of a block: a head, whole blocks, a tail."""
     length = data.shape[1]
     head = min(BLOCK - place, length) if place else 0
@@ -150,29 +151,37 @@ def _rows(data: torch.Tensor, place: int, blocks: NDArray[np.int64], width: int)
     tail = head + count * BLOCK
     total = 0
     if head:
-        total += _weighed(_sums(data[:, :head], place, width), blocks)
+        total += _weighed(_sums(data[:, :head], place, word), blocks)
         blocks = blocks + 1
     if count:
         body = data[:, head:tail].reshape(-1, BLOCK)
-        total += _weighed(_sums(body, 0, width), (blocks[:, None] + np.arange(count)).reshape(-1))
+        total += _weighed(_sums(body, 0, word), (blocks[:, None] + np.arange(count)).reshape(-1))
     if tail < length:
-        total += _weighed(_sums(data[:, tail:], 0, width), blocks + count)
+        total += _weighed(_sums(data[:, tail:], 0, word), blocks + count)
     return total
 
 
 # --- arithmetic --------------------------------------------------------------------------------------------
 
 
-def _sums(data: torch.Tensor, place: int, width: int) -> NDArray[np.int32]:
+def _sums(data: torch.Tensor, place: int, word: int) -> NDArray[np.int32]:
     """Return, for each row of bytes, the sum of bytes times keys, digit by digit of the keys."""
-    keys, rows, end = _keys(min(width, 8), data.device), data.shape[0], place + data.shape[1]
-    if data.device.type == "cuda":
-        # cuBLAS wants more than 16 rows, multiples of 8 and aligned addresses.
-        low, high = place // 16 * 16, -(-end // 16) * 16
-        if (low, high) != (place, end) or rows < 32 or data.data_ptr() % 16 or data.stride(0) % 16:
-            data = F.pad(data, (place - low, high - end, 0, max(0, 32 - rows))).contiguous()
-        place, end = low, high
-    sums: NDArray[np.int32] = torch._int_mm(data, keys[place:end])[:rows].cpu().numpy()
+    if data.is_cuda:
+        try:
+            return _sums_on_gpu(data, place, word)
+        except RuntimeError:  # no int8 products on this GPU, or no memory left for the scratch
+            data = data.cpu()
+    sums: NDArray[np.int32] = torch._int_mm(data, _keys(word, data.device)[place : place + data.shape[1]]).numpy()
+    return sums
+
+
+def _sums_on_gpu(data: torch.Tensor, place: int, word: int) -> NDArray[np.int32]:
+    """Do the same within what cuBLAS allows: more than 16 rows, multiples of 8, aligned addresses."""
+    rows, end = data.shape[0], place + data.shape[1]
+    low, high = place // 16 * 16, -(-end // 16) * 16
+    if (low, high) != (place, end) or rows < 32 or data.data_ptr() % 16 or data.stride(0) % 16:
+        data = F.pad(data, (place - low, high - end, 0, max(0, 32 - rows))).clone()
+    sums: NDArray[np.int32] = torch._int_mm(data, _keys(word, data.device)[low:high])[:rows].cpu().numpy()
     return sums
 
 
@@ -210,17 +219,17 @@ def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 @lru_cache(maxsize=16)
-def _keys(width: int, device: torch.device) -> torch.Tensor:
-    """Return the digits of what each byte of a block is multiplied with, words being ``width`` bytes.
+def _keys(word: int, device: torch.device) -> torch.Tensor:
+    """Return the digits of what each byte of a block is multiplied with, words being ``word`` bytes.
 
     Digits run from -64 to 63. With 8 bits, int8 products on processors without VNNI would saturate.
     """
     stream = hashlib.shake_256(_SEED).digest(14 * BLOCK)
     lift = 64 * (2**112 - 1) // 127  # 64 in every digit
     lifted = bytearray()
-    for place in range(0, BLOCK, width):
+    for place in range(0, BLOCK, word):
         key = int.from_bytes(stream[14 * place : 14 * place + 14], "little") % MODULUS or 1
-        for _ in range(width):
+        for _ in range(word):
             centred = key if key + lift < 2**112 else key - MODULUS
             lifted += (centred + lift).to_bytes(14, "little")
             key = key * 256 % MODULUS

@@ -123,14 +123,17 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_of_its_folder(run: Run, fau
 
 
 def test_links_that_the_old_checkpoint_needs_survive_a_save_that_does_without(run: Run) -> None:
-    """A link taken over from the old checkpoint and then not needed is still the old checkpoint's."""
+    """A link taken over from the old checkpoint and then not needed is still the old checkpoint's.
+
+    A counter that cannot be carried makes its moments due, whose files were linked by then.
+    """
     one_file_each = {"writer": lambda path: FileSystemWriter(path, single_file_per_rank=False)}
     forget()
     run.save(300, **one_file_each)
     run.save(400, **one_file_each)
     run.load(300)
     for index, info in metadata(run.path(300)).storage_data.items():
-        if index.fqn == f"model.{L0}.w":
+        if index.fqn == f"optim.state.{L0}.w.step":
             (run.path(300) / info.relative_path).unlink()
     with heard_warnings(), pytest.raises(dcp.api.CheckpointException):
         run.save(401, to="step-400", extra={"bad": Unwritable()})
@@ -269,13 +272,15 @@ def test_beside_a_checkpoint_that_cannot_be_read_nothing_is_swept(run: Run) -> N
 
 @pytest.mark.parametrize("fault", ["value", "cut off"])
 def test_after_our_failure_a_stock_save_keeps_its_files(tmp_path: Path, fault: str) -> None:
-    """Stock names its files alike each time: what was old when we failed is new when stock has saved."""
+    """Stock names its files alike each time, and removes none: what was old when we failed is new when it has saved."""
     run = Run(tmp_path)
-    run.stock(100)
+    (run.stock(100) / "__7_0.distcp").write_bytes(b"left by an eighth rank")
     options: dict[str, Any] = {"extra": {"bad": Unwritable()}} if fault == "value" else {"writer": Cut}
     with pytest.raises(dcp.api.CheckpointException):
         run.save(101, to="step-100", **options)
+    before = files(run.path(100))
     run.stock(102, to="step-100")
+    assert before <= files(run.path(100)) | {".metadata.tmp"}
     assert run.origins(100) == dict.fromkeys(LAYERS, 102)
 
 

@@ -1,0 +1,1 @@
+"""What runs, kills and shows the demo; the training script itself is ``fsdp_trainer.py``."""

@@ -78,6 +78,8 @@ def start_listening() -> None:
 
 
 def _is_enabled(level: int) -> bool:
+    # logging.config.dictConfig disables every logger that it does not know. This one tells nobody but us.
+    _logger().disabled = False
     enabled = logging.Logger.isEnabledFor(_logger(), level)
     for listener in () if enabled else _handler.when_deaf:
         listener()
@@ -86,8 +88,7 @@ def _is_enabled(level: int) -> bool:
 
 def listening() -> bool:
     """Tell whether every call of DCP is heard: the handler is attached and logging is on."""
-    logger = _logger()
-    return _handler in logger.handlers and logging.Logger.isEnabledFor(logger, logging.DEBUG)
+    return _handler in _logger().handlers and _is_enabled(logging.DEBUG)
 
 
 def subscribe(name: str, event: str, listener: Listener) -> None:

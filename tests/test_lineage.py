@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import logging.config
 import pickle
 import shutil
 import subprocess
@@ -309,14 +310,20 @@ def _logging_restored() -> Any:
 
 
 @pytest.mark.usefixtures("_logging_restored")
-@pytest.mark.parametrize("off", ["disable", "disabled"])
-def test_with_logging_off_nothing_is_trusted(run: Run, off: str) -> None:
+def test_a_script_that_configures_logging_is_heard_all_the_same(run: Run) -> None:
+    """dictConfig disables all loggers that it does not know, DCP's among them; saves stay selective."""
+    run.save(100)
+    run.save(200, due(*LAYERS))
+    logging.config.dictConfig({"version": 1})
+    run.load(100)
+    assert run.origins(run.save(150, due(L1))) == {L0: 100, L1: 150, L2: 100, HEAD: 100}
+
+
+@pytest.mark.usefixtures("_logging_restored")
+def test_with_logging_off_nothing_is_trusted(run: Run) -> None:
     """Where loads go unseen everything is written, with a warning."""
     run.save(100)
-    if off == "disable":
-        logging.disable(logging.CRITICAL)
-    else:
-        lineage.dcp_events._logger().disabled = True  # as logging.config.dictConfig does by default
+    logging.disable(logging.CRITICAL)
     with heard_warnings() as said:
         folder = run.save(200, due(L1))
     assert len(said) == 1 and "Logging is switched off" in said[0]

@@ -1,0 +1,345 @@
+"""A conformance suite for policies: everything that a save relies on, tried out by simulation.
+
+    from tailor_dcp.testing import PolicyConformance
+
+    class TestEveryOther(PolicyConformance):
+        policy = EveryOther(offset=1)
+        bound = 1
+
+Or without pytest, ``check_policy(EveryOther(offset=1), bound=1)``. A broken rule is an
+``AssertionError`` of one sentence that names the policy, the rule and the units.
+"""
+
+from __future__ import annotations
+
+import pickle
+import random
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NoReturn
+
+import torch
+
+from tailor_dcp.errors import PolicyError, TailorWarning
+from tailor_dcp.policies import Policy, SaveRequest, UnitInfo, parse_policy
+from tailor_dcp.policies.from_callable import FromCallable
+from tailor_dcp.units import STEP, WEIGHT, Unit
+
+__all__ = ["RULES", "PolicyConformance", "check_policy"]
+
+_ADAM = (WEIGHT, "exp_avg", "exp_avg_sq", STEP)
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_OTHERS = (torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64)
+
+
+# Made-up states ---------------------------------------------------------------------------
+
+
+def _layer(
+    name: str, size: int, kinds: tuple[str, ...] = _ADAM, stack: str | None = None, number: int | None = None
+) -> list[UnitInfo]:
+    return [UnitInfo(name, kind, 4 if kind == STEP else size, stack=stack, number=number) for kind in kinds]
+
+
+def _stack(numbers: Iterable[int], kinds: tuple[str, ...] = _ADAM, experts: int = 0) -> list[UnitInfo]:
+    units: list[UnitInfo] = []
+    for n in numbers:
+        name = f"model.layers.{n}"
+        units += _layer(name, 100, kinds, "model.layers", n)
+        for e in range(experts):
+            units += _layer(f"{name}.mlp.experts.{e}", 200, kinds, "model.layers", n)
+    return units
+
+
+def _around(units: list[UnitInfo], kinds: tuple[str, ...] = _ADAM) -> tuple[UnitInfo, ...]:
+    ends = [*_layer("model.norm", 1, kinds), *_layer("lm_head", 300, kinds)]
+    return (*_layer("model.embed_tokens", 300, kinds), *units, *ends)
+
+
+_STATES: dict[str, tuple[UnitInfo, ...]] = {
+    "a stack of eight blocks": _around(_stack(range(8))),
+    "a stack with gaps": _around(_stack([0, 3, 4, 17], (WEIGHT, "momentum_buffer"))),
+    "layers without numbers": _around([]),
+    "blocks with experts": _around(_stack(range(4), experts=3)),
+    "weights only": _around(_stack(range(5), (WEIGHT,)), (WEIGHT,)),
+    "one layer": tuple(_layer("lm_head", 100)),
+}
+
+
+class _Run:
+    """A simulated training run that keeps its own books of what was written when."""
+
+    def __init__(self, state: str, index: int, ages: Mapping[Unit, int] | None = None) -> None:
+        self.state = state
+        self.index = index
+        self.written = {unit: index - age for unit, age in (ages or {}).items()}
+
+    def request(self, changed: bool | None) -> SaveRequest:
+        return SaveRequest(self.index * 100, self.index, tuple(self._info(info, changed) for info in _STATES[self.state]))
+
+    def _info(self, info: UnitInfo, changed: bool | None) -> UnitInfo:
+        at = self.written.get(info.unit)
+        if at is None:
+            return info
+        return replace(info, saved_step=max(0, at * 100), age=self.index - at, changed=changed)
+
+    def save(self, due: set[Unit]) -> None:
+        for info in _STATES[self.state]:
+            if info.unit in due or info.unit not in self.written:
+                self.written[info.unit] = self.index
+        self.index += 1
+
+    def staleness(self) -> dict[Unit, int]:
+        return {unit: self.index - 1 - at for unit, at in self.written.items()}
+
+    def __str__(self) -> str:
+        return f"{self.state}, save {self.index}"
+
+
+def _ages(state: str, seed: int, longest: int) -> dict[Unit, int]:
+    """Draw an age for each unit, as other policies and saves that failed would leave them."""
+    draw = random.Random(seed)
+    return {info.unit: draw.randint(1, longest) for info in _STATES[state]}
+
+
+# One policy under test --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Subject:
+    policy: Policy
+    bound: int | None
+    saves: int
+
+    def called(self) -> str:
+        try:
+            return str(self.policy) or type(self.policy).__name__
+        except Exception:  # the rule about strings says so
+            return type(self.policy).__name__
+
+    def broken(self, rule: str, how: str) -> NoReturn:
+        raise AssertionError(f"The policy {self.called()} breaks the rule '{rule}': {how}.")
+
+    def changed(self) -> bool | None:
+        """Return what a policy is told of units that were trained on since they were written."""
+        return True if self.policy.needs_fingerprints else None
+
+    def runs(self, aged: bool = True) -> Iterator[_Run]:
+        for state in _STATES:
+            for index in (0, 1, 7):
+                yield _Run(state, index)
+            for seed, index in enumerate((0, 3, 50) if aged else ()):
+                yield _Run(state, index, _ages(state, seed, 2 * self.saves))
+
+    def requests(self) -> Iterator[tuple[str, SaveRequest]]:
+        """Yield requests of every sort, each with words for where it comes from."""
+        yield "an empty state", SaveRequest(0, 0, ())
+        for run in self.runs():
+            request = run.request(self.changed())
+            yield str(run), request
+            yield f"{run}, without a step", replace(request, step=None)
+            if self.policy.needs_fingerprints:
+                odd = (replace(info, changed=(None, False, True)[i % 3]) for i, info in enumerate(request.units))
+                yield f"{run}, partly unchanged", replace(request, units=tuple(odd))
+
+    def select(self, rule: str, request: SaveRequest, where: str) -> set[Unit]:
+        try:
+            return set(self.policy.select(request))
+        except Exception as error:
+            self.broken(rule, f"{where}: select raised {_words(error)}")
+
+    def cohorts(self, rule: str, request: SaveRequest, where: str) -> dict[Unit, str]:
+        try:
+            return dict(self.policy.cohorts(request))
+        except Exception as error:
+            self.broken(rule, f"{where}: cohorts raised {_words(error)}")
+
+    def follow(self, rule: str, run: _Run, saves: int) -> Iterator[tuple[str, SaveRequest, set[Unit]]]:
+        """Save again and again; yield each save after it is done."""
+        for _ in range(saves):
+            request, where = run.request(self.changed()), str(run)
+            due = self.select(rule, request, where)
+            run.save(due)
+            yield where, request, due
+
+
+def _words(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+
+
+def _shown(units: Iterable[object], most: int = 3) -> str:
+    """Return units as words, in their order if they have one."""
+    names = sorted("/".join(u) if isinstance(u, tuple) and all(isinstance(p, str) for p in u) else repr(u) for u in units)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+# The rules --------------------------------------------------------------------------------
+
+
+def _answers(subject: _Subject) -> None:
+    rule = "it answers every request"
+    for where, request in subject.requests():
+        subject.select(rule, request, where)
+        subject.cohorts(rule, request, where)
+
+
+def _existing(subject: _Subject) -> None:
+    for where, request in subject.requests():
+        rule = "select returns existing units only"
+        strange = subject.select(rule, request, where) - {info.unit for info in request.units}
+        if strange:
+            subject.broken(rule, f"{where}: it returned {_shown(strange)}")
+
+
+def _deterministic(subject: _Subject) -> None:
+    rule = "equal requests get equal answers"
+    for where, request in subject.requests():
+        first, again = (subject.select(rule, _copy(request), where) for _ in range(2))
+        if first != again:
+            subject.broken(rule, f"{where}: asked twice, it differed about {_shown(first ^ again)}")
+        one, two = (subject.cohorts(rule, _copy(request), where) for _ in range(2))
+        if one != two:
+            differ = {unit for unit in {*one, *two} if one.get(unit) != two.get(unit)}
+            subject.broken(rule, f"{where}: asked twice, it labelled {_shown(differ)} differently")
+
+
+def _unmodified(subject: _Subject) -> None:
+    rule = "requests are not modified"
+    for where, request in subject.requests():
+        before, given = _copy(request), _copy(request)
+        subject.select(rule, given, where)
+        subject.cohorts(rule, given, where)
+        if given != before:
+            touched = {b.unit for b, g in zip(before.units, given.units, strict=False) if b != g}
+            subject.broken(rule, f"{where}: it changed {_shown(touched) or 'the request itself'}")
+
+
+def _copy(request: SaveRequest) -> SaveRequest:
+    copied: SaveRequest = pickle.loads(pickle.dumps(request))
+    return copied
+
+
+def _bounded(subject: _Subject) -> None:
+    if subject.bound is None:
+        return
+    rule = f"no unit is more than {subject.bound} saves old"
+    for run in _bound_runs(subject, subject.bound):
+        known = bool(run.written)
+        for count, (where, _, _) in enumerate(subject.follow(rule, run, max(subject.saves, 3 * subject.bound + 3))):
+            old = {unit: age for unit, age in run.staleness().items() if age > subject.bound}
+            if old and (not known or count >= subject.bound):
+                subject.broken(rule, f"{where}: {_shown(old)} had last been written {max(old.values())} saves before")
+
+
+def _bound_runs(subject: _Subject, bound: int) -> Iterator[_Run]:
+    """Yield runs that start anew or after an anchor at every turn, and runs of which anything may be old."""
+    for state in _STATES:
+        yield from (_Run(state, index) for index in range(bound + 2))
+    yield from (run for run in subject.runs() if run.written)
+
+
+def _labelled(subject: _Subject) -> None:
+    rule = "cohorts label existing units"
+    for where, request in subject.requests():
+        labels = subject.cohorts(rule, request, where)
+        strange = labels.keys() - {info.unit for info in request.units}
+        if strange:
+            subject.broken(rule, f"{where}: it labelled {_shown(strange)}")
+        wordless = {unit for unit, label in labels.items() if not isinstance(label, str)}
+        if wordless:
+            subject.broken(rule, f"{where}: the label of {_shown(wordless)} is not a string")
+
+
+def _together(subject: _Subject) -> None:
+    rule = "units of one cohort are due together"
+    for run in subject.runs(aged=False):
+        for count, (where, request, due) in enumerate(subject.follow(rule, run, 3 * subject.saves)):
+            if count < subject.saves:
+                continue
+            members: defaultdict[str, set[Unit]] = defaultdict(set)
+            for unit, label in subject.cohorts(rule, request, where).items():
+                members[label].add(unit)
+            for label, units in members.items():
+                if units & due and units - due:
+                    apart = f"{_shown(units & due)} was due without {_shown(units - due)}"
+                    subject.broken(rule, f"{where}: in the cohort {label!r}, {apart}")
+
+
+def _stored(subject: _Subject) -> None:
+    rule = "storage_dtype narrows floating-point dtypes only"
+    units = dict.fromkeys(info.unit for state in _STATES.values() for info in state)
+    for unit in units:
+        for dtype in (*_FLOATS, *_OTHERS):
+            try:
+                chosen, again = (subject.policy.storage_dtype(unit, dtype) for _ in range(2))
+            except Exception as error:
+                subject.broken(rule, f"for {unit} in {dtype}, storage_dtype raised {_words(error)}")
+            problem = _dtype_problem(dtype, chosen, again)
+            if problem:
+                subject.broken(rule, f"{unit} in {dtype} {problem}")
+
+
+def _dtype_problem(dtype: torch.dtype, chosen: object, again: object) -> str | None:
+    if not isinstance(chosen, torch.dtype):
+        return f"would be stored in {chosen!r}, which is no dtype"
+    if chosen != again:
+        return f"would be stored in {chosen} and, asked again, in {again}"
+    if chosen == dtype:
+        return None
+    if not dtype.is_floating_point:
+        return f"would be stored in {chosen}, though only floating-point tensors may be"
+    if not chosen.is_floating_point:
+        return f"would be stored in {chosen}, which is not floating-point"
+    return f"would be stored in {chosen}, which is wider" if chosen.itemsize > dtype.itemsize else None
+
+
+def _pickled(subject: _Subject) -> None:
+    rule = "it can be pickled"
+    try:
+        twin: Policy = pickle.loads(pickle.dumps(subject.policy))
+    except Exception as error:
+        subject.broken(rule, f"a save in another process needs that, and pickle said {_words(error)}")
+    for where, request in subject.requests():
+        try:
+            theirs = set(twin.select(request))
+        except Exception as error:
+            subject.broken(rule, f"{where}: its copy's select raised {_words(error)}")
+        differ = subject.select(rule, request, where) ^ theirs
+        if differ:
+            subject.broken(rule, f"{where}: its copy differs about {_shown(differ)}")
+
+
+def _written_out(subject: _Subject) -> None:
+    rule = "its string is read back as the same policy"
+    policy = subject.policy
+    try:
+        text = str(policy)
+    except Exception as error:
+        subject.broken(rule, f"str() raised {_words(error)}")
+    if not policy.name or isinstance(policy, FromCallable):
+        said = f"{text or type(policy).__name__} has no string that parse_policy reads, so no configuration can name it."
+        warnings.warn(said, TailorWarning, stacklevel=2)
+        return
+    try:
+        again = parse_policy(text)
+    except PolicyError as error:
+        subject.broken(rule, f"{text!r} was refused, {_words(error)}")
+    if again != policy:
+        subject.broken(rule, f"{text!r} was read as {again!r}")
+
+
+RULES: tuple[Callable[[Any], None], ...] = (
+    _answers,
+    _existing,
+    _deterministic,
+    _unmodified,
+    _bounded,
+    _labelled,
+    _together,
+    _stored,
+    _pickled,
+    _written_out,
+)

@@ -45,6 +45,7 @@ class Fleet:
         self._processes = [
             subprocess.Popen(command, env={**environment, "RANK": str(rank)}, cwd=_ROOT) for rank in range(size)
         ]
+        listener._listener._socket.settimeout(180)  # a worker that dies at its start would be waited for for ever
         self._workers: list[Connection] = [None] * size  # type: ignore[list-item]
         for _ in range(size):
             connection = listener.accept()

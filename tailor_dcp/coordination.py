@@ -15,7 +15,7 @@ from tailor_dcp.base import Base
 from tailor_dcp.changes import Parts, remembered
 from tailor_dcp.decision import Decision
 from tailor_dcp.errors import ConflictingStateError
-from tailor_dcp.layers import LayerMap, trained
+from tailor_dcp.layers import Entry, LayerMap, trained
 from tailor_dcp.lineage import Chain
 from tailor_dcp.location import Location
 from tailor_dcp.metadata.compose import Shape
@@ -103,13 +103,34 @@ def gather(infos: list[RankInfo], layers: LayerMap, base: Base | None) -> State:
     seen = [tie for info in infos for tie in info.ties]
     earlier = base.record.ties if base and base.record else ()
     known = (tuple(key for key in tie if key in entries) for tie in merge_ties([*seen, *earlier]))
-    ties = tuple(tie for tie in known if len(tie) > 1)
+    ties = _of_parameters([tie for tie in known if len(tie) > 1], entries, shapes)
     return State(
         shapes=shapes,
         units={unit: tuple(keys) for unit, keys in units.items()},
         ties=ties,
         trained=_with_twins(trained(entries), ties),
     )
+
+
+def _of_parameters(ties: list[Tie], entries: Mapping[str, Entry], shapes: Mapping[str, Shape]) -> tuple[Tie, ...]:
+    """Leave out what several parameters' states merely look things up in, as bitsandbytes' ``qmap``.
+
+    Such a table would make all layers due in every save for its sake alone, and their steps with
+    it. States of several parameters are one only if these share all other states as well.
+    """
+    owner = {key: number for number, tie in enumerate(ties) for key in tie}
+    states: dict[str, dict[str, int | str]] = {}
+    for key, entry in entries.items():
+        if entry.unit.kind not in (WEIGHT, STEP) and shapes[key].size is not None:
+            states.setdefault(entry.fqn, {})[entry.unit.kind] = owner.get(key, key)
+
+    def one(tie: Tie) -> bool:
+        if any(entries[key].unit.kind == WEIGHT for key in tie):
+            return True
+        first, *others = (states.get(fqn, {}) for fqn in dict.fromkeys(entries[key].fqn for key in tie))
+        return all(other == first for other in others)
+
+    return tuple(tie for tie in ties if one(tie))
 
 
 def _with_twins(keys: set[str], ties: Iterable[Tie]) -> frozenset[str]:

@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import _StoragePrefix
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
 from tailor_dcp import base as bases
@@ -147,7 +148,7 @@ class LayerwisePlanner(DefaultSavePlanner):
     def create_local_plan(self) -> SavePlan:
         """Plan this rank's items as DCP does, and find the tied parameters among them."""
         plan = super().create_local_plan()
-        parts = changes.measure(plan, self.lookup_object) if self.policy.needs_fingerprints else {}
+        parts = changes.measure(plan, self._plain) if self.policy.needs_fingerprints else {}
         info = RankInfo(self.mappings, shapes_of(plan), tuple(find_ties(self.state_dict)), parts)
         return replace(plan, planner_data=info)
 
@@ -185,6 +186,11 @@ class LayerwisePlanner(DefaultSavePlanner):
     def cohort(self, key: str) -> str:
         """Return the label of the keys that live and die together on disk with this one."""
         return self._assignment.cohorts.get(key, REST) if self._assignment else REST
+
+    def _plain(self, index: MetadataIndex) -> object:
+        """Return an item's tensor; None for a subclass, whose bits are not those of the tensor it looks like."""
+        found = self.lookup_object(index)
+        return found if type(found) in (torch.Tensor, torch.nn.Parameter) else None
 
     # The coordinator -------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ import pickle
 import random
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NoReturn
 
@@ -25,11 +25,11 @@ import torch
 from tailor_dcp.errors import PolicyError, TailorWarning
 from tailor_dcp.policies import Policy, SaveRequest, UnitInfo, parse_policy
 from tailor_dcp.policies.from_callable import FromCallable
-from tailor_dcp.units import STEP, WEIGHT, Unit
+from tailor_dcp.units import WEIGHT, Unit
 
-__all__ = ["RULES", "PolicyConformance", "check_policy"]
+__all__ = ["PolicyConformance", "check_policy"]
 
-_ADAM = (WEIGHT, "exp_avg", "exp_avg_sq", STEP)
+_ADAM = (WEIGHT, "exp_avg", "exp_avg_sq")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _OTHERS = (torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64)
 
@@ -40,7 +40,7 @@ _OTHERS = (torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64)
 def _layer(
     name: str, size: int, kinds: tuple[str, ...] = _ADAM, stack: str | None = None, number: int | None = None
 ) -> list[UnitInfo]:
-    return [UnitInfo(name, kind, 4 if kind == STEP else size, stack=stack, number=number) for kind in kinds]
+    return [UnitInfo(name, kind, size, stack=stack, number=number) for kind in kinds]
 
 
 def _stack(numbers: Iterable[int], kinds: tuple[str, ...] = _ADAM, experts: int = 0) -> list[UnitInfo]:
@@ -77,7 +77,8 @@ class _Run:
         self.written = {unit: index - age for unit, age in (ages or {}).items()}
 
     def request(self, changed: bool | None) -> SaveRequest:
-        return SaveRequest(self.index * 100, self.index, tuple(self._info(info, changed) for info in _STATES[self.state]))
+        units = tuple(self._info(info, changed) for info in _STATES[self.state])
+        return SaveRequest(self.index * 100, self.index, units)
 
     def _info(self, info: UnitInfo, changed: bool | None) -> UnitInfo:
         at = self.written.get(info.unit)
@@ -170,10 +171,17 @@ def _words(error: Exception) -> str:
 
 
 def _shown(units: Iterable[object], most: int = 3) -> str:
-    """Return units as words, in their order if they have one."""
-    names = sorted("/".join(u) if isinstance(u, tuple) and all(isinstance(p, str) for p in u) else repr(u) for u in units)
+    names = sorted(map(_name, units))
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def _name(unit: object) -> str:
+    # A policy may return anything at all.
+    match unit:
+        case (str(layer), str(kind)):
+            return str(Unit(layer, kind))
+    return repr(unit)
 
 
 # The rules --------------------------------------------------------------------------------
@@ -187,8 +195,8 @@ def _answers(subject: _Subject) -> None:
 
 
 def _existing(subject: _Subject) -> None:
+    rule = "select returns existing units only"
     for where, request in subject.requests():
-        rule = "select returns existing units only"
         strange = subject.select(rule, request, where) - {info.unit for info in request.units}
         if strange:
             subject.broken(rule, f"{where}: it returned {_shown(strange)}")
@@ -320,8 +328,8 @@ def _written_out(subject: _Subject) -> None:
     except Exception as error:
         subject.broken(rule, f"str() raised {_words(error)}")
     if not policy.name or isinstance(policy, FromCallable):
-        said = f"{text or type(policy).__name__} has no string that parse_policy reads, so no configuration can name it."
-        warnings.warn(said, TailorWarning, stacklevel=2)
+        said = f"{text or type(policy).__name__} has no string that parse_policy reads"
+        warnings.warn(f"{said}, so no configuration can name it.", TailorWarning, stacklevel=2)
         return
     try:
         again = parse_policy(text)
@@ -331,15 +339,94 @@ def _written_out(subject: _Subject) -> None:
         subject.broken(rule, f"{text!r} was read as {again!r}")
 
 
-RULES: tuple[Callable[[Any], None], ...] = (
-    _answers,
-    _existing,
-    _deterministic,
-    _unmodified,
-    _bounded,
-    _labelled,
-    _together,
-    _stored,
-    _pickled,
-    _written_out,
-)
+# What others use ---------------------------------------------------------------------------
+
+
+def check_policy(policy: Policy | str | Any, bound: int | None = None, saves: int = 12) -> None:
+    """Try out by simulation whether a policy keeps all the rules. No pytest is needed.
+
+    A policy without a string of its own keeps them too; a ``TailorWarning`` says so.
+
+    Args:
+        policy: what `parse_policy` takes: a policy, its string, or a function.
+        bound: how many saves old a unit may at most be after any save; None for no bound. Where other
+            policies left older units, they must be written within ``bound + 1`` saves.
+        saves: how many saves each simulated run has at least. Take more than a policy needs to have
+            had every unit's turn.
+
+    Raises:
+        AssertionError: it breaks a rule; the sentence names the policy, the rule and the units.
+        PolicyError: it makes no sense as a policy.
+    """
+    subject = _Subject(parse_policy(policy), bound, saves)
+    for rule in (
+        _answers,
+        _existing,
+        _deterministic,
+        _unmodified,
+        _bounded,
+        _labelled,
+        _together,
+        _stored,
+        _pickled,
+        _written_out,
+    ):
+        rule(subject)
+
+
+class PolicyConformance:
+    """The same rules as tests for pytest, one for each: subclass it as ``class TestMine(PolicyConformance)``.
+
+    Attributes:
+        policy: what is tested: a policy, its string, or a function wrapped in ``staticmethod``.
+        bound: how many saves old a unit may at most be after any save; None for no bound.
+        saves: how many saves each simulated run has at least.
+    """
+
+    policy: ClassVar[Any]
+    bound: ClassVar[int | None] = None
+    saves: ClassVar[int] = 12
+
+    @property
+    def _subject(self) -> _Subject:
+        return _Subject(parse_policy(self.policy), self.bound, self.saves)
+
+    def test_it_answers_every_request(self) -> None:
+        """Whatever is known of a unit, or nothing is."""
+        _answers(self._subject)
+
+    def test_select_returns_existing_units_only(self) -> None:
+        """What does not exist cannot be written."""
+        _existing(self._subject)
+
+    def test_equal_requests_get_equal_answers(self) -> None:
+        """A stager asks before the save; both must come out the same."""
+        _deterministic(self._subject)
+
+    def test_requests_are_not_modified(self) -> None:
+        """Other policies are asked with the same request."""
+        _unmodified(self._subject)
+
+    def test_staleness_is_bounded(self) -> None:
+        """From a new start, after an anchor and from any ages."""
+        _bounded(self._subject)
+
+    def test_cohorts_label_existing_units(self) -> None:
+        """With a string each."""
+        _labelled(self._subject)
+
+    def test_units_of_one_cohort_are_due_together(self) -> None:
+        """They share a file, which is freed as a whole."""
+        _together(self._subject)
+
+    def test_storage_dtype_narrows_floating_point_dtypes_only(self) -> None:
+        """Nothing is widened, and no number of steps or token is rounded."""
+        _stored(self._subject)
+
+    def test_it_can_be_pickled(self) -> None:
+        """Asynchronous saves take it to another process."""
+        _pickled(self._subject)
+
+    def test_its_string_is_read_back(self) -> None:
+        """Configurations and the record name it by its string."""
+        _written_out(self._subject)

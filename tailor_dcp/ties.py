@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Tie = tuple[str, ...]
 
@@ -27,7 +29,7 @@ def find_ties(tensors: Mapping[str, Any]) -> list[Tie]:
         else:
             groups.append([key])
             device, end = span_device, span_end
-    return [tuple(group) for group in groups if len(group) > 1]
+    return [tie for group in groups if len(tie := tuple(dict.fromkeys(group))) > 1]
 
 
 def merge_ties(ties: Iterable[Tie]) -> tuple[Tie, ...]:
@@ -43,8 +45,17 @@ def merge_ties(ties: Iterable[Tie]) -> tuple[Tie, ...]:
 
 
 def _spans(key: str, value: Any) -> Iterable[tuple[str, int, int, str]]:
-    """Return the stretch of memory that a tensor covers: device, first byte, past the last, key."""
+    """Return the stretches of memory that a tensor covers: device, first byte, past the last, key."""
+    if isinstance(value, ShardedTensor):
+        for shard in value.local_shards():
+            yield from _spans(key, shard.tensor)
+        return
     tensor = value.to_local() if isinstance(value, DTensor) else value
+    if is_traceable_wrapper_subclass(tensor):
+        # Its data is the largest of what it wraps; the rest may be tables that are shared by all.
+        inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        yield from _spans(key, max(inner, key=lambda part: part.numel() * part.itemsize)) if inner else ()
+        return
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
         return
     if tensor.numel() == 0 or tensor.is_meta or tensor.data_ptr() == 0:

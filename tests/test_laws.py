@@ -26,7 +26,12 @@ POLICIES = {
     "moments:every=3": (0, 2),
     "moments:every=2,weights=bf16,moments=bf16": (0, 1),
     "parity|filter:head=1,tail=0,every=4": (1, 1),
+    # Every value changes in every step, of frozen parameters too.
+    "unchanged+full": (0, 0),
+    "unchanged+parity:groups=3": (2, 2),
+    "unchanged+moments:every=3,weights=bf16": (0, 2),
 }
+UNTRAINED = ".(untrained)"
 
 
 @st.composite
@@ -74,11 +79,21 @@ class Saved:
     lineage: list[int] = field(default_factory=list)  # steps of the saves it descends from, itself last
 
 
-def unit_of(model: Model, key: str, param: Param, kind: str) -> tuple[str, str]:
+def unit_of(saved: Saved, param: Param, kind: str) -> tuple[str, str]:
     """Return layer and kind by this test's own rule; the tied head is one with the embeddings."""
-    name = next((a for a, b in model.ties if param.fqn == b), param.fqn)
-    parts = name.split(".")
-    return ".".join(parts[:3] if parts[1] == "layers" else parts[:-1]), kind
+    model, layer = saved.model, layer_of(saved.model, param)
+    alone = param.trained or is_tied(model, param) or not saved.policy.startswith("unchanged+")
+    split = not alone and any(p.trained and layer_of(model, p) == layer for p in model.params)
+    return layer + UNTRAINED * split, kind
+
+
+def layer_of(model: Model, param: Param) -> str:
+    parts = next((a for a, b in model.ties if param.fqn == b), param.fqn).split(".")
+    return ".".join(parts[:3] if parts[1] == "layers" else parts[:-1])
+
+
+def is_tied(model: Model, param: Param) -> bool:
+    return any(param.fqn == b for _, b in model.ties)
 
 
 def origin(key: str, loaded: torch.Tensor, param: Param, kind: str, saved: Saved) -> int:
@@ -97,7 +112,7 @@ def check(saved: Saved, loaded: dict[str, Any], record: dict[str, Any]) -> None:
     """Everything in a checkpoint has the value of its unit's origin, an ancestor not too long ago."""
     origins: dict[tuple[str, str], set[int]] = {}
     for key, (param, kind) in keys(saved.model).items():
-        unit = unit_of(saved.model, key, param, kind)
+        unit = unit_of(saved, param, kind)
         if param.shape == () and kind == "weight" and not param.dtype.startswith("float"):
             unit = (unit[0], "weight")
         origins.setdefault(unit, set()).add(origin(key, loaded[key], param, kind, saved))
@@ -129,10 +144,11 @@ class History:
         self.clock = 0
         fleet.call("tests.support.world:forget")
 
-    def save(self, model: Model, policy: str, ranks: int, **options: Any) -> None:
+    def save(self, model: Model, policy: str, ranks: int, how: dict[str, Any], **options: Any) -> None:
         self.clock += 10
         path = self.run / f"step-{self.clock}"
-        self.fleet.call("tests.support.world:save", model, self.clock, str(path), policy, ranks=ranks, **options)
+        function = "tests.support.world:async_save" if "staged" in how else "tests.support.world:save"
+        self.fleet.call(function, model, self.clock, str(path), policy, ranks=ranks, **how, **options)
         before = self.current.lineage if self.current else []
         saved = Saved(path, self.clock, model, policy, [*before, self.clock])
         self.saves.append(saved)
@@ -180,12 +196,14 @@ def test_stock_processes_cannot_import_us(stock_fleet: Fleet) -> None:
 def test_every_checkpoint_holds_each_unit_as_it_was_at_its_origin(
     data: st.DataObject, fresh: Any, fleet: Fleet, stock_fleet: Fleet
 ) -> None:
-    """Changing ranks and models, rollbacks, deleted folders: laws 1 and 3 hold for all that is left."""
+    """Changing ranks and models, rollbacks, deleted folders, every way to save: laws 1 and 3 hold for what is left."""
     root = fresh()
     model = data.draw(models())
     policy = data.draw(st.sampled_from(sorted(POLICIES)))
     writer = data.draw(st.sampled_from(["stock", "layerwise"]))
     full_every = data.draw(st.sampled_from([None, None, 3]))
+    carry = data.draw(st.sampled_from(["link", "link", "reference", "copy"]))
+    ways = st.sampled_from([{}, {}, {"staged": False}, {"staged": True}])
     history = History(root / "run", fleet, stock_fleet)
     for _ in range(data.draw(st.integers(2, 6), label="saves")):
         actions = ["go on", "go on", "go on", "go back", "delete", "change"]
@@ -194,10 +212,11 @@ def test_every_checkpoint_holds_each_unit_as_it_was_at_its_origin(
         alive = [s for s in history.saves if s.path.exists()]
         if action == "go back" and alive:
             history.go_back(data.draw(st.sampled_from(alive), label="to"), ranks)
-        elif action == "delete" and len(alive) > 1:
+        elif action == "delete" and len(alive) > 1 and carry != "reference":
             victim = data.draw(st.sampled_from([s for s in alive if s is not history.current]), label="victim")
             shutil.rmtree(victim.path)
         elif action == "change":
             model = data.draw(changes(model))
-        history.save(model, policy, ranks, writer=writer, full_every=full_every)
+        how = data.draw(ways, label="how")
+        history.save(model, policy, ranks, how, writer=writer, full_every=full_every, carry=carry)
     history.check_all(root, data.draw(st.integers(1, 2), label="loading ranks"))

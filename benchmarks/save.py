@@ -42,7 +42,7 @@ from benchmarks.harness import (
 from tailor_dcp import LayerwisePlanner, LayerwiseWriter, forget, inspect
 from tailor_dcp.inspection import Inspection
 
-SHAPES = llama_shapes(layers=10, hidden=768, vocab=16384)  # 96 M parameters: 1.15 GB with Adam's moments
+SHAPES = llama_shapes(layers=8, hidden=768, vocab=8192)  # 88 M parameters: 1.06 GB with Adam's moments
 SELECTIVE = ("parity", "moments:every=5", "moments:every=5,weights=bf16", "filter:head=1,tail=1,every=5")
 QUIET = 0.05  # seconds that any save may take for links and metadata
 

@@ -40,7 +40,7 @@ def sharded_model() -> LlamaForCausalLM:
 def train(
     run: Annotated[Path, typer.Argument(help="The folder of this run's checkpoints.")],
     steps: int = 160,
-    every: Annotated[int, typer.Option(help="Steps from one checkpoint to the next.")] = 10,
+    every: Annotated[int, typer.Option(help="Steps from one checkpoint to the next.")] = 8,
     policy: Annotated[str, typer.Option(help="What each checkpoint writes.")] = "moments:every=5,weights=bf16",
 ) -> None:
     """Train, from the newest checkpoint on if there is one. Prints JSON lines."""

@@ -17,7 +17,7 @@ HELD_OUT = 8 * 1024  # bytes at the end of the text that are never trained on
 _LENGTH = 128  # bytes in a row that the model sees
 
 
-def tiny_llama(layers: int = 8, width: int = 128) -> LlamaForCausalLM:
+def tiny_llama(layers: int = 8, width: int = 128, device: str = "cpu") -> LlamaForCausalLM:
     """Return a Llama of 1.6 million parameters, the same one in every process."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -30,7 +30,8 @@ def tiny_llama(layers: int = 8, width: int = 128) -> LlamaForCausalLM:
         use_cache=False,
         initializer_range=0.08,  # about 1/sqrt(width): so small a model learns little from the usual 0.02
     )
-    return LlamaForCausalLM(config)
+    with torch.device(device):
+        return LlamaForCausalLM(config)
 
 
 def batch(step: int, rank: int = 0, size: int = 4) -> Tensor:

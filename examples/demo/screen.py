@@ -67,7 +67,8 @@ class Screen:
         if kill.committed:
             self.say(f"[yellow]•[/] the kill in step-{kill.step} came too late, it is complete; again at the next save")
         else:
-            self.say(f"[red]✗[/] SIGKILL in step-{kill.step}, {kill.moment.words}; left: {left_behind(kill)}")
+            metadata = "no .metadata but its .tmp" if kill.committing else "no .metadata"
+            self.say(f"[red]✗[/] killed in step-{kill.step}, {kill.moment.words}: {data_left(kill)}, {metadata}")
 
     def resumed(self, step: int) -> None:
         """Tell of a resume."""
@@ -78,11 +79,11 @@ class Screen:
         self.console.print(f"\n[bold red]{escape(message)}[/]")
 
 
-def left_behind(kill: Kill) -> str:
-    """Say what a killed save had in its folder."""
-    files = f"{kill.data_files} data file{'' if kill.data_files == 1 else 's'}, {size(kill.data_bytes)}"
-    data = files if kill.data_files else "no data"
-    return f"{data}, [bold]no .metadata[/]{' but .metadata.tmp' if kill.committing else ''}"
+def data_left(kill: Kill) -> str:
+    """Say what a killed save had written of its data."""
+    if not kill.data_files:
+        return "no data"
+    return f"{kill.data_files} data file{'' if kill.data_files == 1 else 's'}, {size(kill.data_bytes)}"
 
 
 def size(count: int) -> str:

@@ -8,9 +8,10 @@ from rich import box
 from rich.table import Table
 
 from demo.kills import Kill
-from demo.screen import left_behind, size
+from demo.screen import data_left, size
 from tailor_dcp.inspection import Inspection, UnitView
 
+_ROWS = 12  # saves that are shown one by one
 _BAR = 24  # characters that stand for a full save
 
 
@@ -22,7 +23,12 @@ def saves(found: Sequence[Inspection], held_out: Mapping[str, float]) -> Table:
         held_out: the loss on unseen text of each, by folder.
     """
     table = _table("What each save wrote", "checkpoint", ">wrote", ">full save", ">share", "", ">held-out loss")
-    for one in found:
+    left_out = range(_ROWS // 2, len(found) - _ROWS // 2)
+    for number, one in enumerate(found):
+        if number in left_out:
+            if number == left_out.start:
+                table.add_row(f"{len(left_out)} more")
+            continue
         share = one.written / one.full
         table.add_row(
             f"step-{one.step}",
@@ -75,9 +81,15 @@ def add_held_out(table: Table, quiet: float, disturbed: float) -> None:
 
 def kills(done: Sequence[Kill], resumed: Sequence[int]) -> Table:
     """Show each kill, what it left, and from where training went on."""
-    table = _table("The kills", "killed in", "when", "left in the folder", ">resumed from")
+    table = _table("The kills", "killed in", "when", "data left there", ".metadata", ">resumed from")
     for kill, step in zip(done, resumed, strict=True):
-        table.add_row(f"step-{kill.step}", kill.moment.words, left_behind(kill), f"step-{step}")
+        table.add_row(
+            f"step-{kill.step}",
+            kill.moment.words,
+            data_left(kill),
+            "only its .tmp" if kill.committing else "none",
+            f"step-{step}",
+        )
     return table
 
 

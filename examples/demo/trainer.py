@@ -22,7 +22,7 @@ _GRACE = 10  # seconds that torchrun has to end its ranks
 def quiet_environment() -> dict[str, str]:
     """Return an environment in which two ranks share two cores, and torch keeps its hints to itself."""
     # More threads a rank would only get in each other's way.
-    quiet = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false"}
+    quiet = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "TYPER_STANDARD_TRACEBACK": "1"}
     return {**os.environ, **quiet}
 
 

@@ -48,7 +48,7 @@ class Trainer:
         self._heard = time.monotonic()
         with log.open("w") as errors:
             self._process = subprocess.Popen(
-                _command(run, options),
+                _command(run, log.parent, options),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -111,8 +111,10 @@ class Trainer:
             self.losses[int(said["step"])] = said["loss"]
 
 
-def _command(run: Path, options: dict[str, object]) -> list[str]:
+def _command(run: Path, logs: Path, options: dict[str, object]) -> list[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    # Killed, it could not remove the folder that it makes among the system's temporary files.
+    launcher += ["--log-dir", str(logs / "torchrun")]
     given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     return [*launcher, str(_EXAMPLES / "fsdp_trainer.py"), str(run), *given]
 

@@ -27,9 +27,11 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.demo
-	$(BIN)/python benchmarks/save.py
-	$(BIN)/python benchmarks/compose.py
-	$(BIN)/python benchmarks/disk_use.py
+	-PYTHONPATH=. $(BIN)/python benchmarks/save.py
+	-PYTHONPATH=. $(BIN)/python benchmarks/compose.py
+	-PYTHONPATH=. $(BIN)/python benchmarks/disk_use.py
+	-PYTHONPATH=. $(BIN)/python benchmarks/async_save.py
+	-PYTHONPATH=. $(BIN)/python benchmarks/fingerprint.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,6 @@
 """What planning costs beyond DCP's own: 8B shapes on 64 simulated ranks, the base read from disk.
 
-    python benchmarks/compose.py [--ranks 64] [--pairs 7] [--json FILE]
+    PYTHONPATH=. python benchmarks/compose.py [--ranks 64] [--pairs 7] [--json FILE]
 
 DCP plans on the coordinator (``create_global_plan``) and pickles the metadata. We add reading
 the base, choosing what is due, linking files and composing. Both are timed in turns on the

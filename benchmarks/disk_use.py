@@ -1,6 +1,6 @@
 """How much disk a run holds when only its last checkpoints are kept, beside full saves by stock DCP.
 
-    python benchmarks/disk_use.py [--saves 20] [--json FILE]
+    PYTHONPATH=. python benchmarks/disk_use.py [--saves 20] [--json FILE]
 
 Old folders are simply removed, as torchtitan's keep-latest-k and the Trainer's
 save_total_limit do. A file that several folders link counts once. Bytes, not times: the

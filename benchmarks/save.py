@@ -1,6 +1,6 @@
 """What a save costs beside stock DCP: time on tmpfs and on disk, bytes written, rate of the writer.
 
-    python benchmarks/save.py [--ranks 2] [--pairs 20] [--place /dev/shm] [--json FILE]
+    PYTHONPATH=. python benchmarks/save.py [--ranks 2] [--pairs 20] [--place /dev/shm] [--json FILE]
 
 Each number is a ratio of interleaved pairs in one run; the ratio of stock DCP against itself
 stands beside it, for that is what the machine can tell apart.

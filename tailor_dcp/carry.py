@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 from tailor_dcp.location import Location, is_within
 from tailor_dcp.metadata.record import CarryMode
+from tailor_dcp.ranges import copy_range
 
 CARRIED = "carried"
 """The sub-folder that holds earlier files, one folder for each save that wrote some."""
@@ -119,27 +119,12 @@ def _copy(path: Path, target: Location, source: Source) -> str:
     partial = new.with_name(f"{new.name}.partial")
     try:
         with path.open("rb") as old, partial.open("wb") as stream:
-            _clone(old.fileno(), stream.fileno())
+            copy_range(old.fileno(), stream.fileno(), 0, os.fstat(old.fileno()).st_size)
             os.fsync(stream.fileno())
         partial.replace(new)
     finally:
         partial.unlink(missing_ok=True)
     return new.relative_to(target.folder).as_posix()
-
-
-def _clone(old: int, new: int) -> None:
-    """Copy a whole file: a reflink where the file system makes one, bytes where it does not."""
-    try:
-        while os.copy_file_range(old, new, 1 << 30):
-            pass
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
-            raise
-        os.lseek(old, 0, os.SEEK_SET)
-        os.ftruncate(new, 0)
-        os.lseek(new, 0, os.SEEK_SET)
-        with open(old, "rb", closefd=False) as source, open(new, "wb", closefd=False) as stream:
-            shutil.copyfileobj(source, stream, 1 << 24)
 
 
 def _refer(path: Path, target: Location, source: Source) -> str:

@@ -14,6 +14,10 @@ _PIECE = 8 << 20
 _UNABLE = frozenset({errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM})
 
 
+def _silently(count: int) -> None:
+    """Tell nobody."""
+
+
 class SourceError(OSError):
     """A stretch of a file cannot be read, or the file ends before it does."""
 
@@ -43,7 +47,7 @@ def write_all(target: int, data: bytes) -> None:
         view = view[os.write(target, view) :]
 
 
-def copy_range(source: int, target: int, offset: int, length: int, advance: Advance) -> None:
+def copy_range(source: int, target: int, offset: int, length: int, advance: Advance = _silently) -> None:
     """Append a stretch of one file to another.
 
     Raises:

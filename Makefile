@@ -30,7 +30,7 @@ bench: $(VENV)/.demo
 	-PYTHONPATH=. $(BIN)/python benchmarks/save.py
 	-PYTHONPATH=. $(BIN)/python benchmarks/compose.py
 	-PYTHONPATH=. $(BIN)/python benchmarks/disk_use.py
-	-PYTHONPATH=. $(BIN)/python benchmarks/async_save.py
+	-PYTHONPATH=. $(BIN)/python benchmarks/async.py
 	-PYTHONPATH=. $(BIN)/python benchmarks/fingerprint.py
 
 $(BIN)/python:

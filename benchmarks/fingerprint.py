@@ -25,7 +25,7 @@ from tailor_dcp.fingerprint import fingerprint
 
 def cases(mb: int, device: str) -> dict[str, tuple[torch.Tensor, list[int], list[int]]]:
     """Return chunks to measure: a name, then what ``fingerprint`` takes."""
-    rows = mb * 10**6 // (4096 * 4)
+    rows = mb * 10**6 // (4096 * 8) * 2  # even, so that any row length makes whole words of 8 bytes
     whole = torch.randn(rows, 4096, device=device)
     odd = torch.randn(rows, 4095, device=device)
     return {

@@ -1,4 +1,4 @@
-"""Laws 1 and 3, as properties: any sequence of saves, any policy, any number of ranks."""
+"""Laws 1 and 3, as properties: any sequence of saves, any policy, any number of ranks, every way to save and load."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.fleet import Fleet
+from tests.support.saving import LEFT, Trouble, Way
 from tests.support.world import Model, Param, full_value, keys
 
 POLICIES = {
@@ -32,6 +33,8 @@ POLICIES = {
     "unchanged+moments:every=3,weights=bf16": (0, 2),
 }
 UNTRAINED = ".(untrained)"
+SAVE, LOAD = "tests.support.saving:save", "tests.support.saving:load"
+NOW, THREAD, PROCESS = Way(), Way("thread"), Way("process")
 
 
 @st.composite
@@ -108,14 +111,13 @@ def origin(key: str, loaded: torch.Tensor, param: Param, kind: str, saved: Saved
     raise AssertionError(f"{key} in {saved.path} has a value of none of the steps {saved.lineage}")
 
 
-def check(saved: Saved, loaded: dict[str, Any], record: dict[str, Any]) -> None:
-    """Everything in a checkpoint has the value of its unit's origin, an ancestor not too long ago."""
+def check(saved: Saved, loaded: dict[str, Any], record: dict[str, Any]) -> dict[str, int]:
+    """Everything has the value of its unit's origin, an ancestor not too long ago; return each key's origin."""
+    found: dict[str, int] = {}
     origins: dict[tuple[str, str], set[int]] = {}
     for key, (param, kind) in keys(saved.model).items():
-        unit = unit_of(saved, param, kind)
-        if param.shape == () and kind == "weight" and not param.dtype.startswith("float"):
-            unit = (unit[0], "weight")
-        origins.setdefault(unit, set()).add(origin(key, loaded[key], param, kind, saved))
+        found[key] = origin(key, loaded[key], param, kind, saved)
+        origins.setdefault(unit_of(saved, param, kind), set()).add(found[key])
     told = {
         (layer, kind): record["origins"][number][1]
         for layer, kinds in record["units"].items()
@@ -132,6 +134,7 @@ def check(saved: Saved, loaded: dict[str, Any], record: dict[str, Any]) -> None:
     assert loaded["lr"] == float(saved.step)
     assert loaded["train.step"] == saved.step
     assert (loaded["train.rng"] == saved.step % 251).all()
+    return found
 
 
 class History:
@@ -144,33 +147,103 @@ class History:
         self.clock = 0
         fleet.call("tests.support.world:forget")
 
-    def save(self, model: Model, policy: str, ranks: int, how: dict[str, Any], **options: Any) -> None:
-        self.clock += 10
-        path = self.run / f"step-{self.clock}"
-        function = "tests.support.world:async_save" if "staged" in how else "tests.support.world:save"
-        self.fleet.call(function, model, self.clock, str(path), policy, ranks=ranks, **how, **options)
+    @property
+    def alive(self) -> list[Saved]:
+        """The checkpoints whose folders are still there."""
+        return [saved for saved in self.saves if saved.path.exists()]
+
+    def save(self, model: Model, policy: str, ranks: int, way: Way, **options: Any) -> None:
+        path = self._tick()
+        self.fleet.call(SAVE, model, self.clock, str(path), policy, way, ranks=ranks, **options)
         before = self.current.lineage if self.current else []
         saved = Saved(path, self.clock, model, policy, [*before, self.clock])
         self.saves.append(saved)
         self.current = saved
 
-    def go_back(self, to: Saved, ranks: int) -> None:
-        self.fleet.call("tests.support.world:load", to.model, str(to.path), ranks=ranks)
-        # Ranks that take no part must not remember what was abandoned, as a new process would not.
-        self.current = to
+    def fail(self, model: Model, policy: str, ranks: int, way: Way, onto: Saved | None, **options: Any) -> None:
+        """Try a save that fails, into a folder of its own or onto a checkpoint; what is known stays as it is."""
+        path = self._tick() if onto is None else onto.path
+        said = self.fleet.call(SAVE, model, self.clock, str(path), policy, way, ranks=ranks, **options)
+        assert all("failed as it was told to" in words for words in said), said
+        assert (path / ".metadata").exists() == (onto is not None)
 
-    def check_all(self, tmp: Path, ranks: int) -> None:
-        for saved in self.saves:
-            if not saved.path.exists():
-                continue
+    def _tick(self) -> Path:
+        self.clock += 10
+        return self.run / f"step-{self.clock}"
+
+    def go_back(self, to: Saved, ranks: int, how: str) -> None:
+        """Load a checkpoint by torch alone or by our planner, or a single layer of it, which descends from nothing."""
+        if how == "stock":
+            self.fleet.call("tests.support.world:load", to.model, str(to.path), ranks=ranks)
+        else:
+            options = {"layers": sorted(layers_of(to))[:1]} if how == "a layer" else {}
+            self.fleet.call(LOAD, to.model, str(to.path), ranks=ranks, **options)
+        # Ranks that take no part must not remember what was abandoned, as a new process would not.
+        self.current = None if how == "a layer" else to
+
+    def check_all(self, tmp: Path, ranks: int) -> dict[int, dict[str, int]]:
+        """Hold everything to the law, loaded by torch alone; return each checkpoint's origins by its step."""
+        origins = {}
+        for saved in self.alive:
             record = self.stock.one("tests.support.world:record", str(saved.path))
             for loaded in self.stock.call("tests.support.world:load", saved.model, str(saved.path), ranks=ranks):
-                check(saved, loaded, record)
+                origins[saved.step] = check(saved, loaded, record)
         newest = self.saves[-1]
         if newest.path.exists():
             record = self.stock.one("tests.support.world:record", str(newest.path))
             converted = self.stock.one("tests.support.world:through_torch_save", str(newest.path), str(tmp / "all.pt"))
             check(newest, converted, record)
+        return origins
+
+    def check_choice(self, choice: Choice, origins: dict[int, dict[str, int]], ranks: int) -> None:
+        """Layers that our planner loads, each from its step, are what the law says; all else is left alone."""
+        saved, bare = choice.saved, Model(choice.saved.model.params)
+        options = {"layers": choice.layers, "steps": {layer: at.step for layer, at in choice.steps.items()}}
+        for loaded in self.fleet.call(LOAD, bare, str(saved.path), ranks=ranks, **options):
+            for layer, held in layers_of(saved).items():
+                source = choice.steps.get(layer, saved)
+                for key, (param, kind) in held.items():
+                    if choice.layers is None or layer in choice.layers:
+                        assert origin(key, loaded[key], param, kind, source) == origins[source.step][key], key
+                    else:
+                        assert torch.equal(loaded[key], full_value(key, param, kind, LEFT)), key
+            rest = saved.step if choice.layers is None else LEFT
+            assert loaded["lr"] == float(rest)
+            assert loaded["train.step"] == rest
+            assert (loaded["train.rng"] == rest % 251).all()
+
+
+@dataclass
+class Choice:
+    """Layers of a checkpoint, None for all, and the checkpoints that some of them come from instead."""
+
+    saved: Saved
+    layers: list[str] | None
+    steps: dict[str, Saved]
+
+
+def layers_of(saved: Saved) -> dict[str, dict[str, tuple[Param, str]]]:
+    """Return a checkpoint's tensors by their layers, the names of a tie each in the layer that its own name tells."""
+    untied = replace(saved, model=Model(saved.model.params))
+    found: dict[str, dict[str, tuple[Param, str]]] = {}
+    for key, (param, kind) in keys(saved.model).items():
+        found.setdefault(unit_of(untied, param, kind)[0], {})[key] = (param, kind)
+    return found
+
+
+@st.composite
+def choices(draw: st.DrawFn, alive: list[Saved]) -> Choice:
+    """Return what to load of a run: some layers of one checkpoint, some of these as they are in another."""
+    saved = draw(st.sampled_from(alive))
+    held = layers_of(saved)
+    some = st.lists(st.sampled_from(sorted(held)), min_size=1, unique=True)
+    layers = draw(st.one_of(st.none(), some))
+    steps = {}
+    for layer in sorted(held) if layers is None else layers:
+        alike = [s for s in alive if all(keys(s.model).get(key) == what for key, what in held[layer].items())]
+        if draw(st.booleans()):
+            steps[layer] = draw(st.sampled_from(alike))
+    return Choice(saved, layers, steps)
 
 
 @pytest.fixture
@@ -192,31 +265,71 @@ def test_stock_processes_cannot_import_us(stock_fleet: Fleet) -> None:
     assert stock_fleet.call("tests.support.world:can_import_tailor") == [False, False]
 
 
-@given(data=st.data())
-def test_every_checkpoint_holds_each_unit_as_it_was_at_its_origin(
-    data: st.DataObject, fresh: Any, fleet: Fleet, stock_fleet: Fleet
-) -> None:
-    """Changing ranks and models, rollbacks, deleted folders, every way to save: laws 1 and 3 hold for what is left."""
-    root = fresh()
+def live_through(data: st.DataObject, root: Path, fleet: Fleet, stock_fleet: Fleet, ways: list[Way]) -> None:
+    """Save, fail, go back, delete and change as drawn, then hold every checkpoint that is left to the laws."""
     model = data.draw(models())
     policy = data.draw(st.sampled_from(sorted(POLICIES)))
-    writer = data.draw(st.sampled_from(["stock", "layerwise"]))
-    full_every = data.draw(st.sampled_from([None, None, 3]))
-    carry = data.draw(st.sampled_from(["link", "link", "reference", "copy"]))
-    ways = st.sampled_from([{}, {}, {"staged": False}, {"staged": True}])
+    options = {
+        "writer": data.draw(st.sampled_from(["stock", "layerwise"])),
+        "full_every": data.draw(st.sampled_from([None, None, 3])),
+        "carry": data.draw(st.sampled_from(["link", "link", "reference", "copy"])),
+    }
     history = History(root / "run", fleet, stock_fleet)
+
+    def drawn_way(ranks: int) -> tuple[int, Way]:
+        way = data.draw(st.sampled_from(ways), label="way")
+        # The processes that save in the background are as many as there are workers.
+        return (fleet.size if way.executor == "process" else ranks), way
+
     for _ in range(data.draw(st.integers(2, 6), label="saves")):
-        actions = ["go on", "go on", "go on", "go back", "delete", "change"]
+        actions = ["go on", "go on", "go on", "go back", "delete", "change", "fail"]
         action = data.draw(st.sampled_from(actions), label="action")
-        ranks = data.draw(st.integers(1, 4), label="ranks")
-        alive = [s for s in history.saves if s.path.exists()]
+        ranks = data.draw(st.integers(1, fleet.size), label="ranks")
+        alive = history.alive
         if action == "go back" and alive:
-            history.go_back(data.draw(st.sampled_from(alive), label="to"), ranks)
-        elif action == "delete" and len(alive) > 1 and carry != "reference":
+            how = data.draw(st.sampled_from(["stock", "stock", "planner", "a layer"]), label="how")
+            history.go_back(data.draw(st.sampled_from(alive), label="to"), ranks, how)
+        elif action == "delete" and len(alive) > 1 and options["carry"] != "reference":
             victim = data.draw(st.sampled_from([s for s in alive if s is not history.current]), label="victim")
             shutil.rmtree(victim.path)
         elif action == "change":
             model = data.draw(changes(model))
-        how = data.draw(ways, label="how")
-        history.save(model, policy, ranks, how, writer=writer, full_every=full_every, carry=carry)
-    history.check_all(root, data.draw(st.integers(1, 2), label="loading ranks"))
+        elif action == "fail":
+            failing, way = drawn_way(ranks)
+            moment = data.draw(st.sampled_from(["writing", "written", "commit"]), label="moment")
+            trouble = Trouble(moment, data.draw(st.integers(0, failing - 1), label="failing rank"))
+            onto = data.draw(st.sampled_from([None, None, *alive]), label="onto")
+            history.fail(model, policy, failing, way, onto, trouble=trouble, **options)
+        saving, way = drawn_way(ranks)
+        history.save(model, policy, saving, way, **options)
+    origins = history.check_all(root, data.draw(st.integers(1, 2), label="loading ranks"))
+    for _ in range(2):
+        choice = data.draw(choices(history.alive), label="choice")
+        history.check_choice(choice, origins, data.draw(st.integers(1, fleet.size), label="choosing ranks"))
+
+
+@given(data=st.data())
+def test_every_checkpoint_holds_each_unit_as_it_was_at_its_origin(
+    data: st.DataObject, fresh: Any, fleet: Fleet, stock_fleet: Fleet
+) -> None:
+    """Changing ranks and models, rollbacks, failures, deleted folders: laws 1 and 3 hold for what is left."""
+    live_through(data, fresh(), fleet, stock_fleet, [NOW, NOW, THREAD, THREAD._replace(staged=True)])
+
+
+@pytest.fixture(scope="module")
+def daemons() -> Iterator[Fleet]:
+    """Two processes, each of which starts one more in its first save by the process executor, and keeps it."""
+    workers = Fleet(2)
+    yield workers
+    workers.call("tests.support.saving:stop_daemon")
+    workers.close()
+
+
+@settings(max_examples=max(1, settings().max_examples // 4))
+@given(data=st.data())
+def test_processes_that_save_in_the_background_obey_the_same_laws(
+    data: st.DataObject, fresh: Any, daemons: Fleet, stock_fleet: Fleet
+) -> None:
+    """What they save and fail to save, between saves of other ways: laws 1 and 3 hold for what is left."""
+    staged = PROCESS._replace(staged=True)
+    live_through(data, fresh(), daemons, stock_fleet, [PROCESS, staged, PROCESS, staged, NOW, THREAD])

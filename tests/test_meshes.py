@@ -66,6 +66,23 @@ def test_the_mesh_may_change_between_saves(fleet: Fleet, stock_fleet: Fleet, tmp
     verify(tmp_path, DENSE, lambda path: fleet.call("tests.support.meshes:load", "hybrid", DENSE, path), stock_fleet)
 
 
+def test_fsdp1_saves_plain_dicts_that_fsdp1_and_a_single_process_load(
+    fleet: Fleet, stock_fleet: Fleet, tmp_path: Path
+) -> None:
+    """The sharded tensors of flat parameters: each layer comes back bit for bit, all of it of one step."""
+    fleet.call("tests.support.world:forget")
+    seen = [bits(s) for s in fleet.call("tests.support.meshes:save_flat", str(tmp_path), STEPS, ranks=2)[0]]
+    assert set(seen[0]) > {("embed.weight", "weight"), ("layers.2.bias", "exp_avg_sq"), ("head.weight", "step")}
+    chosen = set()
+    for number, step in enumerate(STEPS):
+        path = str(tmp_path / f"step-{step}")
+        again = stock_fleet.call("tests.support.meshes:load_flat", path, wrapped=True, ranks=2)[0]
+        alone = stock_fleet.one("tests.support.meshes:load_flat", path, wrapped=False)
+        assert bits(again) == bits(alone)
+        chosen |= {(number, age) for age in ages(bits(alone), seen[: number + 1])}
+    assert chosen == {(0, 0), (1, 0), (1, 1), (2, 0), (2, 1)}
+
+
 # Optimizers ---------------------------------------------------------------------------------
 
 
@@ -156,6 +173,19 @@ def bits(state: dict[str, Any]) -> dict[tuple[str, str], Any]:
     return {key: v.numpy().tobytes() if isinstance(v, torch.Tensor) else v for key, v in found.items()}
 
 
+def ages(got: dict[tuple[str, str], Any], seen: list[dict[tuple[str, str], Any]]) -> set[int]:
+    """Return how many saves back the layers lie; each must be, in all its parts, that of one of the last two."""
+    assert got.keys() == seen[-1].keys()
+    found = set()
+    for layer in ("embed", "layers.0", "layers.1", "layers.2", "layers.3", "head"):
+        mine = {key: value for key, value in got.items() if key[0].startswith(f"{layer}.")}
+        fitting = [age for age, old in enumerate(reversed(seen[-2:])) if mine.items() <= old.items()]
+        assert mine, layer
+        assert fitting, f"{layer} is that of no save"
+        found.add(fitting[0])
+    return found
+
+
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 def test_other_optimizers_states_stay_with_their_layer(optimizer: str, tmp_path: Path) -> None:
     """A resumed layer has its weights and all its optimizer states from one save, bit for bit."""
@@ -169,11 +199,7 @@ def test_other_optimizers_states_stay_with_their_layer(optimizer: str, tmp_path:
         resumed.resume(tmp_path / f"step-{step}")
         got = bits(resumed.state())
         assert {kind for _, kind in got} == KINDS[optimizer] | {"weight"}
-        for layer in ("embed", "layers.0", "layers.1", "layers.2", "layers.3", "head"):
-            mine = {key: value for key, value in got.items() if key[0].startswith(layer)}
-            ages = [age for age, old in enumerate(reversed(seen[-2:])) if mine.items() <= old.items()]
-            assert ages, f"{layer} after step {step} is that of no save"
-            chosen.add((step, ages[0]))
+        chosen |= {(step, age) for age in ages(got, seen)}
     assert chosen == {(1, 0), (2, 0), (2, 1), (3, 0), (3, 1)}
 
 

@@ -1,8 +1,9 @@
 """The little world of ``world.py`` laid out over four ranks as large trainings are: meshes of two dimensions,
-stages of a pipeline, experts that only some ranks hold, FSDP1's own sharded tensors."""
+stages of a pipeline, experts that only some ranks hold, FSDP1's own sharded tensors; and a real FSDP1 training."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -10,9 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed._shard.sharded_tensor import Shard as LocalShard
 from torch.distributed._shard.sharded_tensor import ShardedTensor, init_from_local_shards
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
@@ -160,6 +165,80 @@ def _whole(value: ShardedTensor, group: Any) -> torch.Tensor:
     parts: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(parts, [shard.tensor for shard in value.local_shards()], group=group)
     return torch.cat([tensor for part in parts for tensor in part])
+
+
+class _Blocks(nn.Module):
+    """Numbered blocks between two other layers; no dimension is shorter than two ranks need to hold some of each."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Embedding(7, 6)
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Apply all layers."""
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        return self.head(x)
+
+
+class Flat:
+    """A model and its Adam in training, in FSDP1's flat parameters; without a group as they are."""
+
+    def __init__(self, group: Any, seed: int) -> None:
+        self.group, self.model = group, _Blocks(seed)
+        if group is not None:
+            wrap = ModuleWrapPolicy({nn.Linear})
+            on = {"process_group": group, "device_id": torch.device("cpu"), "use_orig_params": True}
+            self.model = FullyShardedDataParallel(self.model, auto_wrap_policy=wrap, **on)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.02)
+
+    def train(self, step: int) -> None:
+        """Make a step that its number alone decides."""
+        drawn = torch.Generator().manual_seed(step)
+        self.model(torch.randint(7, (16,), generator=drawn)).square().mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state(self) -> dict[str, Any]:
+        """Return weights and optimizer state as torch gives them."""
+        model, optim = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optim": optim}
+
+    def whole(self) -> dict[str, Any]:
+        """Return the same with every tensor in one piece, gathered shard by shard."""
+        state = copy.deepcopy(self.state())
+        for held in (state["model"], *state["optim"]["state"].values()):
+            for key, value in held.items() if self.group is not None else ():
+                assert key == "step" or (isinstance(value, ShardedTensor) and value.local_shards()), key
+                held[key] = value if key == "step" else _whole(value, self.group)
+        return state
+
+
+def save_flat(group: Any, run: str, steps: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Train and save every second layer after each step; return what the training then had, in one piece."""
+    from tailor_dcp import LayerwisePlanner
+
+    training, seen = Flat(group, seed=0), []
+    for step in steps:
+        training.train(step)
+        planner = LayerwisePlanner("parity")
+        dcp.save(training.state(), checkpoint_id=f"{run}/step-{step}", planner=planner, process_group=group)
+        seen.append(training.whole())
+    return seen
+
+
+def load_flat(group: Any, path: str, wrapped: bool) -> dict[str, Any]:
+    """Load with torch alone into a training that began otherwise; return what it then has, in one piece."""
+    training = Flat(group if wrapped else None, seed=1)
+    training.train(99)  # so that there are moments to load into
+    held = training.state()
+    dcp.load(held, checkpoint_id=path, process_group=group)
+    set_state_dict(training.model, training.optimizer, model_state_dict=held["model"], optim_state_dict=held["optim"])
+    return training.whole()
 
 
 def save_with(group: Any, step: int, path: str, how: str) -> str:

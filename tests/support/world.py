@@ -132,21 +132,6 @@ def save(group: Any, model: Model, step: int, path: str, policy: Any, writer: st
     dcp.save(state(model, step, group), storage_writer=to, planner=planner, process_group=group)
 
 
-def async_save(group: Any, model: Model, step: int, path: str, policy: Any, staged: bool, **options: Any) -> None:
-    """Save with our planner in a background thread, our stager or torch's before it, and wait until it is done."""
-    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-
-    from tailor_dcp import LayerwisePlanner
-    from tailor_dcp.writer import LayerwiseWriter
-
-    to = (LayerwiseWriter if options.pop("writer", "stock") == "layerwise" else dcp.FileSystemWriter)(path)
-    planner = LayerwisePlanner(policy, **options)
-    stager = planner.stager(path, group) if staged else DefaultStager(StagingOptions(False, False, False, False))
-    trained = state(model, step, group)
-    done: Any = dcp.async_save(trained, storage_writer=to, planner=planner, process_group=group, async_stager=stager)
-    getattr(done, "upload_completion", done).result()
-
-
 def stock_save(group: Any, model: Model, step: int, path: str) -> None:
     """Save with torch alone."""
     dcp.save(state(model, step, group), checkpoint_id=path, process_group=group)

@@ -1,6 +1,6 @@
 """How long training stands still for an asynchronous save: our stager beside stock staging.
 
-    PYTHONPATH=. python benchmarks/async_save.py [--pairs 20] [--place /dev/shm] [--json FILE]
+    PYTHONPATH=. python benchmarks/async.py [--pairs 20] [--place /dev/shm] [--json FILE]
 
 The stall is the time until ``dcp.async_save`` returns, with its thread executor, in one process.
 Both stagers copy to fresh memory on the CPU; ours copies only what is due. So its stall should be
@@ -8,6 +8,7 @@ the due fraction of the stock one, plus what deciding costs: the stall of a poli
 nothing due.
 """
 
+# ruff: noqa: N999 - a script; nobody imports it
 from __future__ import annotations
 
 import json

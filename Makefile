@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # Two ranks share two cores here; more threads a rank only get in each other's way.
 export OMP_NUM_THREADS ?= 1
+# DeepSpeed: on the CPU, and without compiling its kernels at installation.
+export DS_ACCELERATOR ?= cpu
+export DS_BUILD_OPS ?= 0
 
 .PHONY: demo test test-long lint format bench clean
 

@@ -108,7 +108,8 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     base = open_base(folder)
     sizes = {name: _size(folder / name) for name in {i.relative_path for i in base.metadata.storage_data.values()}}
     needed = file_sizes(base.metadata.storage_data.items())
-    live = sum(info.length for info in base.metadata.storage_data.values())
+    # Tied weights may share their bytes.
+    live = sum({(i.relative_path, i.offset): i.length for i in base.metadata.storage_data.values()}.values())
     record = base.record
     return Inspection(
         path=str(folder),

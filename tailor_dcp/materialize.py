@@ -18,6 +18,7 @@ from tailor_dcp.base import Base, open_base
 from tailor_dcp.blob_copier import BlobCopier, DamagedCheckpointError, Stretch, stretch_of
 from tailor_dcp.carry import sync_folder
 from tailor_dcp.collector import collector_off
+from tailor_dcp.companions import files_of, put_files
 from tailor_dcp.errors import TailorError, UnreadableMetadataError
 from tailor_dcp.inspection import unit_records
 from tailor_dcp.lineage import new_save_id
@@ -97,6 +98,7 @@ def materialize(
         with closing(copier):
             for stretch in stretches:
                 copier.copy(stretch)
+        put_files(files_of(base.location.folder), partial)
         _commit(_metadata(base, target, save_id, copier), partial)
         partial.rename(target)
         sync_folder(target.parent)

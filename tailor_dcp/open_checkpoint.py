@@ -133,7 +133,7 @@ class Checkpoint(Mapping[str, Any]):
             return self._assembled(key, stored, blobs)
         if not blobs:
             raise self._damaged(key, "it is stored nowhere")
-        return self._blob(key, blobs[0][1])
+        return self.blob(key, blobs[0][1])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
@@ -171,7 +171,7 @@ class Checkpoint(Mapping[str, Any]):
         for chunk in stored.chunks:
             if chunk.offsets not in places:
                 raise self._damaged(key, f"the part at {tuple(chunk.offsets)} is stored nowhere")
-            part = self._blob(key, places[chunk.offsets])
+            part = self.blob(key, places[chunk.offsets])
             if not isinstance(part, torch.Tensor) or part.shape != chunk.sizes or part.dtype != whole.dtype:
                 raise self._damaged(key, f"the part at {tuple(chunk.offsets)} is not the tensor that it should be")
             here = tuple(slice(o, o + size) for o, size in zip(chunk.offsets, chunk.sizes, strict=True))
@@ -189,7 +189,12 @@ class Checkpoint(Mapping[str, Any]):
         if sum(math.prod(chunk.sizes) for chunk in stored.chunks) < math.prod(stored.size):
             raise self._damaged(key, "its parts do not add up to the whole")
 
-    def _blob(self, key: str, info: _StorageInfo) -> Any:
+    def blob(self, key: str, info: _StorageInfo) -> Any:
+        """Read one of the stretches that an entry is stored in.
+
+        Raises:
+            LoadError: it cannot be read, or holds a class that safe loading does not admit.
+        """
         path = self._contents.file(info)
         try:
             with path.open("rb") as stream:

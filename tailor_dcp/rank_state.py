@@ -21,7 +21,7 @@ import torch.distributed as dist
 from tailor_dcp.errors import TailorError
 
 # Positions and generator states are often numpy's; nothing in these can run code.
-_NUMPY = [
+NUMPY_CLASSES = [
     np.ndarray,
     np.dtype,
     np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
@@ -63,7 +63,7 @@ def unpack(packed: bytes, name: str) -> list[Any]:
         TailorError: an unknown class is in there, or it is damaged.
     """
     try:
-        with torch.serialization.safe_globals(_NUMPY):
+        with torch.serialization.safe_globals(NUMPY_CLASSES):
             values = torch.load(io.BytesIO(packed), weights_only=True)
     except Exception as error:  # whatever damaged bytes lead torch.load to
         unknown = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None

@@ -1,56 +1,150 @@
-"""tailor-convert: torch.save files to and from DCP, against torch's own reading of both."""
+"""torch.save files, in the nestings that trainings use, against what torch itself reads from both sides."""
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
+import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from tailor_dcp.converters import ConversionError, DamagedSourceError, Options, convert
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from tailor_dcp import LayerwisePlanner
 from tests.support.world import Model, Param, flat, load, save, state
 
 MODEL = Model((Param("model.layers.0.w", (4, 3)), Param("model.layers.1.w", (5,)), Param("lm_head.w", (2, 2))))
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tailor_dcp.converters.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-@pytest.mark.filterwarnings("ignore")
 def test_a_composite_becomes_one_file_with_every_value_of_its_origin(tmp_path: Path) -> None:
-    """What torch.load gives equals what stock dcp.load gives, carried units included."""
+    """What torch.load gives equals what stock dcp.load gives, carried units included; the archive is sound."""
     for step in (10, 20, 30):
         save(None, MODEL, step, str(tmp_path / f"step-{step}"), "parity")
-    done = run(tmp_path / "step-30", tmp_path / "all.pt", "--to", "torch", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["bytes"] == (tmp_path / "all.pt").stat().st_size
-    converted = flat(torch.load(tmp_path / "all.pt", weights_only=True))
-    for key, value in load(None, MODEL, str(tmp_path / "step-30")).items():
-        assert torch.equal(torch.as_tensor(converted[key]), torch.as_tensor(value)), key
+    convert(tmp_path / "step-30", tmp_path / "all.pt", "torch")
+    for mmap in (False, True):
+        converted = flat(torch.load(tmp_path / "all.pt", weights_only=True, mmap=mmap))
+        for key, value in load(None, MODEL, str(tmp_path / "step-30")).items():
+            assert torch.equal(torch.as_tensor(converted[key]), torch.as_tensor(value)), key
+    assert zipfile.ZipFile(tmp_path / "all.pt").testzip() is None
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_a_file_becomes_a_checkpoint_that_can_be_carried_from(tmp_path: Path) -> None:
     """Stock dcp.load reads it, and a later save with it as base writes less."""
     torch.save(state(MODEL, 10, None), tmp_path / "all.pt")
-    done = run(tmp_path / "all.pt", tmp_path / "step-10", "--to", "dcp")
-    assert done.returncode == 0, done.stderr
+    convert(tmp_path / "all.pt", tmp_path / "step-10", "dcp")
     assert load(None, MODEL, str(tmp_path / "step-10"))["train.step"] == 10
     planner = LayerwisePlanner("parity", base=tmp_path / "step-10")
     dcp.save(state(MODEL, 20, None), checkpoint_id=tmp_path / "step-20", planner=planner)
     assert (tmp_path / "step-20" / "carried").exists()
 
 
+class Net(nn.Module):
+    """Tied, frozen and large enough to lie in the file as it is in memory."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Embedding(40, 30)
+        self.layers = nn.ModuleList(nn.Linear(30, 30) for _ in range(2))
+        self.norm = nn.BatchNorm1d(30)
+        self.head = nn.Linear(30, 40, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def trained(seed: int, steps: int) -> tuple[Net, torch.optim.Optimizer]:
+    net = Net(seed)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+    for step in range(steps):
+        x = net.embed(torch.randint(40, (8,), generator=torch.Generator().manual_seed(step)))
+        for layer in net.layers:
+            x = layer(x).tanh()
+        net.head(net.norm(x)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return net, optimizer
+
+
+def whole(net: Net, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return a training as most scripts save it, with the optimizer's numbers for names."""
+    return {"epoch": 3, "state_dict": net.state_dict(), "optimizer": optimizer.state_dict(), "best": 0.5}
+
+
+def test_a_scripts_file_with_a_numbered_optimizer(tmp_path: Path) -> None:
+    """Its states get their parameters' names; torch's documented calls load them into a fresh training."""
+    net, optimizer = trained(0, 3)
+    torch.save(whole(net, optimizer), tmp_path / "last.pt")
+    convert(tmp_path / "last.pt", tmp_path / "step-3", "dcp")
+    fresh, other = trained(1, 1)
+    model, optim = get_state_dict(fresh, other)
+    target = {"model": model, "optim": optim, "train": {"epoch": 0, "best": 0.0}}
+    dcp.load(target, checkpoint_id=tmp_path / "step-3")
+    set_state_dict(fresh, other, model_state_dict=target["model"], optim_state_dict=target["optim"])
+    assert target["train"] == {"epoch": 3, "best": 0.5}
+    for name, value in net.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], value), name
+    for number, held in optimizer.state_dict()["state"].items():
+        for kind, value in held.items():
+            assert torch.equal(other.state_dict()["state"][number][kind], value), (number, kind)
+
+
+def test_numbers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    """An optimizer that was given the parameters in another order, or some of them."""
+    net, optimizer = trained(0, 2)
+    held = whole(net, optimizer)
+    held["state_dict"] = OrderedDict(reversed(held["state_dict"].items()))
+    torch.save(held, tmp_path / "reversed.pt")
+    with pytest.raises(ConversionError, match="order and shapes do not fit"):
+        convert(tmp_path / "reversed.pt", tmp_path / "out", "dcp")
+    torch.save({"optimizer": optimizer.state_dict()}, tmp_path / "alone.pt")
+    with pytest.raises(ConversionError, match="no model"):
+        convert(tmp_path / "alone.pt", tmp_path / "out", "dcp")
+    convert(tmp_path / "reversed.pt", tmp_path / "out", "dcp", options=Options(weights_only=True))
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_bare_state_dict(tmp_path: Path, old: bool) -> None:
+    """Nothing but tensors is a model; also in the format from before torch 1.6, and with tied weights."""
+    net, _ = trained(0, 1)
+    torch.save(net.state_dict(), tmp_path / "net.pt", _use_new_zipfile_serialization=not old)
+    convert(tmp_path / "net.pt", tmp_path / "dcp", "dcp")
+    target = {"model": Net(5).state_dict()}
+    dcp.load(target, checkpoint_id=tmp_path / "dcp")
+    for name, value in net.state_dict().items():
+        assert torch.equal(target["model"][name], value), name
+    torch.save({"a": torch.ones(1), "b": torch.zeros(2, 2)}, tmp_path / "ab.pt")
+    convert(tmp_path / "ab.pt", tmp_path / "back.pt", "torch")
+    assert torch.load(tmp_path / "back.pt", weights_only=True)["model"].keys() == {"a", "b"}
+
+
+def test_what_no_contiguous_tensor_is_comes_through(tmp_path: Path) -> None:
+    """Views, transposed ones, one element, none at all, and odd dtypes."""
+    base = torch.randn(100, 200)
+    held = {
+        "layers.0.t": base.t(), "layers.0.view": base[10:20, 5:], "layers.1.one": torch.tensor(3.5),
+        "layers.1.none": torch.zeros(0, 7), "layers.2.fp8": base.to(torch.float8_e5m2), "layers.2.flag": base > 0,
+    }  # fmt: skip
+    torch.save({"model": held}, tmp_path / "odd.pt")
+    convert(tmp_path / "odd.pt", tmp_path / "step-1", "dcp")
+    convert(tmp_path / "step-1", tmp_path / "back.pt", "torch")
+    back = torch.load(tmp_path / "back.pt", weights_only=True)["model"]
+    for name, value in held.items():
+        assert back[name].dtype == value.dtype
+        assert back[name].shape == value.shape
+        assert raw(back[name]) == raw(value)
+
+
+def raw(tensor: torch.Tensor) -> list[int]:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).tolist()
+
+
 class Attack:
-    """Runs a command when it is unpickled."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, sentinel: str) -> None:
         self.sentinel = sentinel
@@ -59,31 +153,48 @@ class Attack:
         return (os.mkdir, (self.sentinel,))
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_code_in_a_file_or_in_an_entry_is_not_run(tmp_path: Path) -> None:
-    """Both directions refuse in one sentence, leave no output, and do nothing that the input asks for."""
-    sentinel = tmp_path / "attacked"
-    torch.save({"model": Attack(str(sentinel))}, tmp_path / "bad.pt")
-    dcp.save({"model": {"layers.0.w": torch.ones(2)}, "x": Attack(str(sentinel))}, checkpoint_id=tmp_path / "step-1")
-    for source, target, to in (("bad.pt", "out", "dcp"), ("step-1", "out.pt", "torch")):
-        done = run(tmp_path / source, tmp_path / target, "--to", to)
-        assert done.returncode == 2
-        assert "Traceback" not in done.stderr
-        assert "safe" in done.stderr
-        assert not (tmp_path / target).exists()
+class Harmless:
+    """A class that a user may trust."""
+
+
+@pytest.mark.parametrize("how", ["code", "cut", "text", "list", "swapped", "compressed"])
+def test_hostile_and_damaged_files_are_one_sentence(tmp_path: Path, how: str) -> None:
+    """Nothing that the file asks for is done, and nothing is written."""
+    path, sentinel = tmp_path / "bad.pt", tmp_path / "ran"
+    good = {"model": {"layers.0.w": torch.randn(100, 50), "layers.1.w": torch.randn(300, 50)}}
+    torch.save([1, 2] if how == "list" else {**good, "x": Attack(str(sentinel))} if how == "code" else good, path)
+    if how == "cut":
+        path.write_bytes(path.read_bytes()[:-5000])
+    elif how == "text":
+        path.write_bytes(b"PK\x03\x04 and then nothing of the kind")
+    elif how in ("swapped", "compressed"):
+        repack(path, how)
+    with pytest.raises(ConversionError) as caught:
+        convert(path, tmp_path / "out", "dcp")
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
     assert not sentinel.exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.pt"]
+    if how in ("cut", "text", "swapped", "compressed"):
+        assert isinstance(caught.value, DamagedSourceError)
 
 
-def test_wrong_usage_is_one_sentence(tmp_path: Path) -> None:
-    """A target that exists, a source that does not, and nothing to convert are each said."""
-    torch.save({"a": torch.ones(1)}, tmp_path / "a.pt")
-    (tmp_path / "there").mkdir()
-    for source, target, to, words in (
-        ("a.pt", "there", "dcp", "exists already"),
-        ("a.pt", "b.pt", "torch", "nothing to convert"),
-        ("none.pt", "new", "dcp", "none.pt"),
-    ):
-        done = run(tmp_path / source, tmp_path / target, "--to", to)
-        assert done.returncode == 2
-        assert words in done.stderr
-        assert "Traceback" not in done.stderr
+def repack(path: Path, how: str) -> None:
+    """Write the archive anew: compressed, or with a record more than its tensors use, before theirs."""
+    with zipfile.ZipFile(path) as old:
+        held = [(entry.filename, old.read(entry)) for entry in old.infolist()]
+    kind = zipfile.ZIP_DEFLATED if how == "compressed" else zipfile.ZIP_STORED
+    with zipfile.ZipFile(path, "w", kind) as new:
+        if how == "swapped":
+            new.writestr(held[0][0].split("/")[0] + "/data/99", bytes(70_000))
+        for name, data in held:
+            new.writestr(name, data)
+
+
+def test_a_trusted_class_is_admitted_by_name(tmp_path: Path) -> None:
+    """Without --allow the sentence tells the name to give it."""
+    torch.save({"model": {"layers.0.w": torch.ones(3)}, "x": Harmless()}, tmp_path / "a.pt")
+    with pytest.raises(ConversionError, match=r"--allow \S*Harmless"):
+        convert(tmp_path / "a.pt", tmp_path / "out.pt", "torch")
+    convert(tmp_path / "a.pt", tmp_path / "out", "dcp", options=Options(allow=(f"{__name__}.Harmless",)))
+    assert (tmp_path / "out" / ".metadata").exists()

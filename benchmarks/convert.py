@@ -1,0 +1,204 @@
+"""Converting a ZeRO-3 checkpoint: beside DeepSpeed's own converters and beside ``cp -r``.
+
+    python -m benchmarks.convert [--pairs 5] [--place /dev/shm] [--json FILE]
+
+Each piece of work runs in a process of its own, which has imported what it needs before the clock starts.
+``zero_to_fp32`` writes the weights alone, ``ds_to_universal`` and ours everything. Private memory is anonymous
+memory beyond what the imports left, sampled while the work runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.harness import as_dict, disk_bytes, llama_shapes, machine, ratio, scratch
+
+SMALL = llama_shapes(layers=12, hidden=640, vocab=24576)  # 110 M parameters: 1.3 GB of fp32 weights and moments
+LARGE = llama_shapes(layers=28, hidden=640, vocab=24576)  # twice as many
+WORKS = ("cp -r", "ours to dcp", "zero_to_fp32", "ds_to_universal")
+_MEBI = 1 << 20
+
+
+def main(
+    pairs: Annotated[int, typer.Option(help="Interleaved pairs.")] = 5,
+    place: Annotated[Path, typer.Option(help="Where to convert.")] = Path("/dev/shm"),
+    out: Annotated[Path | None, typer.Option("--json", help="Write the results here, too.")] = None,
+    make: Annotated[Path | None, typer.Option(hidden=True)] = None,
+    large: Annotated[bool, typer.Option(hidden=True)] = False,
+    work: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Measure all of them; exit with 1 if a bar is missed."""
+    if make:
+        _make(make, LARGE if large else SMALL)
+    elif work:
+        print(json.dumps(_measured(work, place, out or Path("out"))))
+    else:
+        _compare(pairs, place, out)
+
+
+def _compare(pairs: int, place: Path, out: Path | None) -> None:
+    with scratch(str(place)) as folder:
+        sizes = {name: _checkpoint(folder / name, name == "large") for name in ("small", "large")}
+        found = [_round(folder, turn) for turn in range(-1, pairs)][1:]
+        memory = {n: _child("ours to dcp", folder / n, folder / "out")["memory"] for n in sizes}
+        shutil.rmtree(folder / "out")
+    times = {name: [row[name]["seconds"] for row in found] for name in WORKS}
+    beside = {name: ratio(times["ours to dcp"], times[name]) for name in WORKS}
+    peaks = {name: max(row[name]["memory"] for row in found) for name in WORKS}
+    bars = {
+        "faster than zero_to_fp32": beside["zero_to_fp32"].median < 1,
+        "3 x faster than ds_to_universal": beside["ds_to_universal"].median < 1 / 3,
+        "at most 600 MiB private": max(memory.values()) <= 600 * _MEBI,
+        "goal: 0.5 of cp's rate": beside["cp -r"].median <= 2,
+    }
+    table = Table(title=f"ZeRO-3, 2 ranks, {sizes['small'] / 1e9:.2f} GB, {pairs} pairs", title_justify="left")
+    for column in ("work", "seconds", "our time / its time  [95 %]", "private memory"):
+        table.add_column(column)
+    for name in WORKS:
+        middle = sorted(times[name])[len(times[name]) // 2]
+        table.add_row(name, f"{middle:.2f}", str(beside[name]), f"{peaks[name] / _MEBI:.0f} MiB")
+    console = Console(width=120)
+    console.print(table)
+    console.print(f"private memory, {sizes['small'] / 1e9:.2f} GB: {memory['small'] / _MEBI:.0f} MiB")
+    console.print(f"private memory, {sizes['large'] / 1e9:.2f} GB: {memory['large'] / _MEBI:.0f} MiB")
+    for bar, held in bars.items():
+        console.print(f"{'holds' if held else 'MISSED'}: {bar}")
+    if out:
+        rows = {n: {"seconds": times[n], "ours / its": as_dict(beside[n]), "memory": peaks[n]} for n in WORKS}
+        told = {"machine": machine(), "pairs": pairs, "bytes": sizes, "rows": rows, "memory": memory, "bars": bars}
+        out.write_text(json.dumps(told, indent=2) + "\n")
+    if not all(bars.values()):
+        sys.exit(1)
+
+
+def _round(folder: Path, turn: int) -> dict[str, dict[str, float]]:
+    """Do each piece of work once, in an order that is turned round from round to round."""
+    done = {}
+    for name in WORKS if turn % 2 else reversed(WORKS):
+        done[name] = _child(name, folder / "small", folder / "out")
+        shutil.rmtree(folder / "out")
+    return done
+
+
+def _child(work: str, source: Path, target: Path) -> dict[str, float]:
+    words = [sys.executable, "-m", "benchmarks.convert", "--work", work, "--place", str(source), "--json", str(target)]
+    done = subprocess.run(
+        words, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    if done.returncode:
+        raise RuntimeError(f"{work} failed: {done.stderr[-2000:]}")
+    told: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return told
+
+
+def _measured(work: str, source: Path, target: Path) -> dict[str, float]:
+    run = _prepared(work, source, target)
+    watch = _Watch()
+    start = time.perf_counter()
+    run()
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "memory": watch.stop()}
+
+
+def _prepared(work: str, source: Path, target: Path) -> Any:
+    """Import what a piece of work needs, and return it."""
+    if work == "cp -r":
+        return lambda: subprocess.run(["cp", "-r", source, target], check=True)
+    if work == "ours to dcp":
+        from tailor_dcp.converters import convert, dcp_source, dcp_target, zero_source  # noqa: F401
+
+        return lambda: convert(source, target, "dcp")
+    if work == "zero_to_fp32":
+        from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
+
+        return lambda: convert_zero_checkpoint_to_fp32_state_dict(str(source), str(target), safe_serialization=True)
+    from deepspeed.checkpoint import ds_to_universal
+
+    arguments = ds_to_universal.argparse.Namespace(
+        input_folder=str(next(source.glob("global_step*"))), output_folder=str(target), num_extract_workers=2,
+        num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=False,
+    )  # fmt: skip
+    return lambda: ds_to_universal.main(arguments)
+
+
+class _Watch:
+    """Samples this process's anonymous memory, and its children's."""
+
+    def __init__(self) -> None:
+        self._before, self._peak, self._going = _anonymous(), 0, True
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while self._going:
+            self._peak = max(self._peak, _anonymous())
+            time.sleep(0.005)
+
+    def stop(self) -> int:
+        """Return the most bytes that were held beyond those at the start."""
+        self._going = False
+        self._thread.join()
+        return max(0, self._peak - self._before)
+
+
+def _anonymous() -> int:
+    mine = f"/proc/{os.getpid()}/task/{os.getpid()}/children"
+    held = 0
+    for pid in (str(os.getpid()), *Path(mine).read_text().split()):
+        try:
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        except OSError:
+            continue
+        held += sum(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+    return held
+
+
+def _checkpoint(folder: Path, large: bool) -> int:
+    """Have two real DeepSpeed engines save a checkpoint, and return its bytes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [*launcher, "-m", "benchmarks.convert", "--make", str(folder), *(["--large"] if large else [])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    if not (folder / "latest").exists():
+        raise RuntimeError(done.stderr[-2000:])
+    return disk_bytes(folder)
+
+
+def _make(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    import deepspeed
+    import torch
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.held = torch.nn.ParameterDict({n.replace(".", "_"): torch.randn(s) * 0.02 for n, s in shapes.items()})
+
+        def forward(self) -> torch.Tensor:
+            return torch.stack([p.float().square().mean() for p in self.held.values()]).sum()
+
+    config = {
+        "train_batch_size": 2, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": True,
+    }  # fmt: skip
+    deepspeed.init_distributed("gloo")
+    net = Net()
+    engine, *_ = deepspeed.initialize(model=net, optimizer=torch.optim.AdamW(net.parameters()), config=config)
+    engine.backward(engine())
+    engine.step()
+    engine.save_checkpoint(str(folder))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,5 @@
+"""``python -m tailor_dcp.converters``, for torchrun."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,155 @@
+"""Reading DCP checkpoints, composites included, in whatever keys their trainer used. Nothing in them is run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from tailor_dcp.base import open_base
+from tailor_dcp.companions import files_of
+from tailor_dcp.contents import Contents
+from tailor_dcp.layers import LayerMap
+from tailor_dcp.layers import Path as KeyPath
+from tailor_dcp.location import METADATA
+from tailor_dcp.metadata.compose import unstored
+from tailor_dcp.open_checkpoint import Checkpoint
+from tailor_dcp.rank_state import NUMPY_CLASSES
+from tailor_dcp.units import WEIGHT
+
+from . import accelerate_folder
+from .catalog import Catalog
+from .chunked import Chunk, Chunked
+from .errors import ConversionError, DamagedSourceError
+from .key_layouts import groups_of, is_group, train_of, with_lists
+from .options import Options
+from .tensors import Given, Readable
+from .torch_file import imported
+
+_MEGATRON = "common.pt"
+
+
+def recognise(path: Path) -> bool:
+    """Tell a DCP checkpoint, or Accelerate's folder of two, from its files' names."""
+    return (path / METADATA).is_file() or bool(accelerate_folder.parts(path))
+
+
+def open_source(path: Path, options: Options) -> Catalog:
+    """Open a DCP checkpoint.
+
+    Args:
+        path: its folder, or the folder in which Accelerate keeps a model's and an optimizer's.
+        options: ``allow`` admits classes of entries that are no tensors.
+
+    Raises:
+        NoCheckpointError: it is not committed.
+        UnreadableMetadataError: its ``.metadata`` is damaged or hostile.
+        LoadError: a file is missing, too short or outside of the run, or an entry holds a class that is not admitted.
+        ConversionError: it is Megatron's, whose tensors are several layers in one.
+    """
+    if (path / METADATA).is_file():
+        return _open(path, options, files_of(path))
+    catalogs = [_open(part, options, {}) for part in accelerate_folder.parts(path)]
+    if not catalogs:
+        raise ConversionError(f"{path} holds no {METADATA}, so it is no committed DCP checkpoint; name one that is.")
+    merged = replace(catalogs[0], source=path)
+    for other in catalogs[1:]:
+        merged = replace(
+            merged, state={**merged.state, **other.state}, groups=(*merged.groups, *other.groups),
+            weights={**other.weights, **merged.weights}, train={**other.train, **merged.train},
+        )  # fmt: skip
+    train = {**merged.train, **accelerate_folder.train_of(path, options)}
+    return replace(merged, train=train, files=accelerate_folder.files_of(path))
+
+
+def _open(path: Path, options: Options, files: dict[str, Path]) -> Catalog:
+    if (path / _MEGATRON).exists():
+        raise ConversionError(
+            f"{path} is a Megatron torch_dist checkpoint, whose tensors hold several layers each; convert it with "
+            f"Megatron-LM's own tools/checkpoint/convert.py first."
+        )
+    contents = Contents(open_base(path))
+    stored = contents.base.metadata.state_dict_metadata
+    missing = unstored(contents.base.metadata)
+    if missing:
+        raise DamagedSourceError(
+            f"{path / METADATA} does not tell where {missing[0]} is stored; use another checkpoint."
+        )
+    contents.check_files((index.fqn, info) for index, info in contents.base.metadata.storage_data.items())
+    paths: dict[str, KeyPath] = {key: (contents.base.metadata.planner_data or {}).get(key, (key,)) for key in stored}
+    tensors = {key for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+    entries = LayerMap().classify(paths, tensors)
+    weights: dict[str, Readable] = {}
+    state: dict[str, dict[str, Readable]] = {}
+    checkpoint = Checkpoint(contents)
+    values = _Values(checkpoint, options)
+    known: dict[Places, Readable] = {}
+    for key, entry in entries.items():
+        readable = _tensor(contents, checkpoint, key, known) if key in tensors else _number(values[key])
+        if entry.unit.kind == WEIGHT:
+            weights[entry.fqn] = readable
+        else:
+            state.setdefault(entry.fqn, {})[entry.unit.kind] = readable
+    rest = [(paths[key], values[key]) for key in stored if key not in entries]
+    tied = _tied(contents, weights, {entry.fqn: key for key, entry in entries.items() if entry.unit.kind == WEIGHT})
+    train = train_of((where, value) for where, value in rest if not is_group(where))
+    return Catalog(
+        source=path,
+        format="dcp",
+        weights=tied,
+        state=state,
+        groups=tuple(with_lists(group) for group in groups_of((w, v) for w, v in rest if is_group(w))),
+        train={name: with_lists(value) for name, value in train.items() if name != "token"},
+        files=files,
+    )
+
+
+class _Values:
+    """The entries of a checkpoint that are no parameters, each read when it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, options: Options) -> None:
+        self._checkpoint = checkpoint
+        self._admitted = [imported(name) for name in options.allow] + NUMPY_CLASSES
+
+    def __getitem__(self, key: str) -> Any:
+        with torch.serialization.safe_globals(self._admitted):
+            return self._checkpoint[key]
+
+
+def _number(value: Any) -> Readable:
+    """Return a state that is no tensor, such as a step that an optimizer counts as a plain number, as one."""
+    return Given(value if isinstance(value, torch.Tensor) else torch.tensor(float(value)))
+
+
+def _tied(contents: Contents, weights: dict[str, Readable], keys: dict[str, str]) -> dict[str, Readable]:
+    """Give the names of a tied weight one and the same tensor: those that the record knows of."""
+    name = {key: fqn for fqn, key in keys.items()}
+    made = dict(weights)
+    for tie in contents.base.record.ties if contents.base.record else ():
+        first, *others = [name[key] for key in tie if key in name] or [""]
+        made |= {other: made[first] for other in others if made[other].size == made[first].size}
+    return made
+
+
+Places = tuple[tuple[Path, int], ...]
+"""The files and offsets that a tensor's chunks are stored at."""
+
+
+def _tensor(contents: Contents, checkpoint: Checkpoint, key: str, known: dict[Places, Readable]) -> Readable:
+    """Return a tensor; one and the same for two names of the same bytes."""
+    entry = contents.base.metadata.state_dict_metadata[key]
+    assert isinstance(entry, TensorStorageMetadata)
+    if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != entry.size.numel():
+        raise DamagedSourceError(f"The parts of {contents.described(key)} in {contents.folder} do not add up to it.")
+    blobs = contents.base.blobs[key]
+    places = {index.offset: info for index, info in blobs}
+    chunks = []
+    for chunk in sorted(entry.chunks, key=lambda c: tuple(c.offsets)):
+        info = places.get(chunk.offsets) or blobs[0][1]  # what is stored as a whole tells no offset in its index
+        chunks.append(Chunk(tuple(chunk.offsets), tuple(chunk.sizes), contents.file(info), info))
+    found = Chunked(entry.size, entry.properties.dtype, tuple(chunks), key, checkpoint)
+    return known.setdefault(tuple((chunk.path, chunk.info.offset) for chunk in chunks), found)

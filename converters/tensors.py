@@ -1,0 +1,245 @@
+"""Tensors that are read when they are needed, a stretch at a time.
+
+Everything that a conversion moves is a ``Readable``: a size, a dtype, and a way to read any stretch of its
+elements in row-major order. So the memory that a conversion takes depends on how much it asks for at a time,
+never on how large the checkpoint is.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .errors import DamagedSourceError
+
+_OPEN_FILES = 128
+
+
+class Readable(ABC):
+    """A tensor somewhere.
+
+    Attributes:
+        size: its shape.
+        dtype: its dtype.
+    """
+
+    size: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def count(self) -> int:
+        """The number of elements."""
+        return math.prod(self.size)
+
+    @property
+    def bytes(self) -> int:
+        """The number of bytes of all elements."""
+        return self.count * self.dtype.itemsize
+
+    @property
+    def source(self) -> Readable:
+        """What is read for it: itself, unless it is made from another one."""
+        return self
+
+    @abstractmethod
+    def read_into(self, out: torch.Tensor, start: int) -> None:
+        """Fill ``out``, 1-D, contiguous, on the CPU and of this dtype, with the elements from ``start`` on.
+
+        Raises:
+            DamagedSourceError: they cannot be read.
+        """
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Return the elements from ``start`` to before ``stop`` in row-major order, 1-D."""
+        out = torch.empty(stop - start, dtype=self.dtype)
+        if stop > start:
+            self.read_into(out, start)
+        return out
+
+    def whole(self) -> torch.Tensor:
+        """Return all of it, in its shape."""
+        return self.read(0, self.count).reshape(self.size)
+
+
+class Piece(NamedTuple):
+    """Elements of a tensor that lie in one place of a file, in their order.
+
+    Attributes:
+        path: the file.
+        offset: the byte where the first of them starts.
+        start: the number of the first element in the tensor, in row-major order.
+        elements: how many they are.
+    """
+
+    path: Path
+    offset: int
+    start: int
+    elements: int
+
+
+@dataclass(frozen=True, eq=False)
+class Stored(Readable):
+    """A tensor whose elements lie in files, in pieces that follow each other without gap or overlap."""
+
+    size: torch.Size
+    dtype: torch.dtype
+    pieces: tuple[Piece, ...]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [piece.start for piece in self.pieces]
+
+    def read_into(self, out: torch.Tensor, start: int) -> None:
+        """Read straight from the files into ``out``."""
+        width, stop = self.dtype.itemsize, start + out.numel()
+        raw = raw_bytes(out)
+        for piece in self.pieces[bisect_right(self._starts, start) - 1 :]:
+            if piece.start >= stop:
+                break
+            first, last = max(start, piece.start), min(stop, piece.start + piece.elements)
+            into = raw[(first - start) * width : (last - start) * width]
+            read_file(piece.path, piece.offset + (first - piece.start) * width, into)
+
+
+@dataclass(frozen=True, eq=False)
+class Given(Readable):
+    """A tensor that is in memory."""
+
+    tensor: torch.Tensor
+
+    @property
+    def size(self) -> torch.Size:  # type: ignore[override]
+        """Its shape."""
+        return self.tensor.shape
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Its dtype."""
+        return self.tensor.dtype
+
+    def read_into(self, out: torch.Tensor, start: int) -> None:
+        """Copy."""
+        out.copy_(self.tensor.reshape(-1)[start : start + out.numel()])
+
+
+@dataclass(frozen=True, eq=False)
+class Zeros(Readable):
+    """A tensor of nothing but zeros."""
+
+    size: torch.Size
+    dtype: torch.dtype
+
+    def read_into(self, out: torch.Tensor, start: int) -> None:
+        """Fill with zeros."""
+        out.zero_()
+
+
+@dataclass(frozen=True, eq=False)
+class Cast(Readable):
+    """A tensor in another dtype."""
+
+    inner: Readable
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> torch.Size:  # type: ignore[override]
+        """Its shape."""
+        return self.inner.size
+
+    @property
+    def source(self) -> Readable:
+        """The tensor that is converted."""
+        return self.inner.source
+
+    def read_into(self, out: torch.Tensor, start: int) -> None:
+        """Read and convert."""
+        out.copy_(self.inner.read(start, start + out.numel()))
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the memory of a 1-D contiguous tensor on the CPU."""
+    array: Any = tensor.view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def cast(tensor: Readable, dtype: torch.dtype | None) -> Readable:
+    """Return the tensor in a dtype; itself if it has that already, or is not of floating point."""
+    if dtype is None or tensor.dtype == dtype or not tensor.dtype.is_floating_point:
+        return tensor
+    return Cast(tensor, dtype)
+
+
+def read_file(path: Path, offset: int, into: memoryview) -> None:
+    """Fill ``into`` with a file's bytes from ``offset`` on.
+
+    Raises:
+        DamagedSourceError: the file is gone, ends before, or cannot be read.
+    """
+    with _files.use(path) as file:
+        while into:
+            try:
+                count = os.preadv(file.descriptor, [into], offset)
+            except OSError as error:
+                raise DamagedSourceError(f"{path} cannot be read: {error.strerror}; copy it anew.") from error
+            if not count:
+                raise DamagedSourceError(f"{path} ends before byte {offset + len(into)}; copy it anew.")
+            into, offset = into[count:], offset + count
+
+
+class _OpenFile:
+    """A file that several threads read; closed when the last has let go of it after it was dropped."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            # A pipe that somebody left there must not make it wait for ever.
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise DamagedSourceError(f"{path} cannot be opened: {error.strerror}.") from error
+
+    def __enter__(self) -> _OpenFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stay open: the pool, or nobody, refers to it; ``__del__`` closes."""
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+class _Files:
+    """Keeps files open that are read again and again, and not more of them than a process may have."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[Path, _OpenFile] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def use(self, path: Path) -> _OpenFile:
+        with self._lock:
+            file = self._open.pop(path, None) or _OpenFile(path)
+            self._open[path] = file
+            if len(self._open) > _OPEN_FILES:
+                self._open.popitem(last=False)
+            return file
+
+    def close(self) -> None:
+        with self._lock:
+            self._open.clear()
+
+
+_files = _Files()
+
+
+def close_files() -> None:
+    """Close the files that reading has left open."""
+    _files.close()

@@ -1,0 +1,217 @@
+"""Opening what ``torch.save`` wrote: nothing in it is run, and no tensor is read.
+
+The file is mapped, and unpickled by torch's weights_only unpickler, which builds nothing but containers,
+tensors and the classes that it is told of. From where a tensor's memory lies in the map follows where its
+bytes lie in the file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tailor_dcp.rank_state import NUMPY_CLASSES
+
+from .errors import ConversionError, DamagedSourceError
+from .tensors import Given, Piece, Readable, Stored
+
+_CLASS = re.compile(r"(?:GLOBAL|Unsupported (?:class|global):?) (?:GLOBAL )?([\w.]+)")
+_SMALL = 1 << 12
+"""Bytes up to which a tensor is simply kept in memory."""
+_LOCAL_HEADER = 30
+
+
+class TorchFile:
+    """A file that ``torch.save`` wrote.
+
+    Attributes:
+        path: the file.
+        tree: what it holds; its tensors are mapped and must not be changed.
+    """
+
+    def __init__(self, path: Path, allow: Sequence[str] = (), stand_ins: Mapping[str, type] | None = None) -> None:
+        """Open it.
+
+        Args:
+            path: the file.
+            allow: classes, as ``module.Class``, that the user trusts.
+            stand_ins: what to build instead of classes that need not be there, by the full name of each.
+
+        Raises:
+            ConversionError: it holds a class that is not admitted; the sentence names it.
+            DamagedSourceError: it is missing, cut off, or not a torch.save file.
+        """
+        self.path = path
+        self._base: int | None = None
+        self._records: dict[int, int] = {}
+        admitted: list[Any] = [(cls, name) for name, cls in (stand_ins or {}).items()]
+        admitted += [imported(name) for name in allow] + NUMPY_CLASSES
+        self._mapped = _is_archive(path)
+        try:
+            with torch.serialization.safe_globals(admitted):
+                self.tree: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=self._mapped or None)
+        except pickle.UnpicklingError as error:
+            raise self._refused(error) from error
+        except OSError as error:
+            if self._mapped and not zipfile.is_zipfile(path):
+                raise self._damaged("it is cut off") from error
+            raise DamagedSourceError(f"{path} cannot be read: {error.strerror or error}.") from error
+        except Exception as error:  # whatever damaged bytes lead torch.load to
+            raise self._damaged(_first_line(error)) from error
+        if self._mapped:
+            self._records = _records(path)
+            self._base = self._find_base()
+
+    def stored(self, tensor: torch.Tensor) -> Readable:
+        """Return where a tensor of the tree lies in the file; small and odd ones are copied instead.
+
+        Raises:
+            DamagedSourceError: it does not lie in one of the file's records.
+        """
+        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+        if not plain:
+            raise ConversionError(
+                f"{self.path} holds a {type(tensor).__name__} of layout {tensor.layout}, which cannot be converted; "
+                f"save plain tensors instead."
+            )
+        tensor = tensor.detach()
+        if self._base is None or tensor.numel() * tensor.itemsize <= _SMALL or not tensor.is_contiguous():
+            return Given(tensor.clone(memory_format=torch.contiguous_format))
+        place = self.offset(tensor)
+        assert place is not None
+        return Stored(tensor.shape, tensor.dtype, (Piece(self.path, place, 0, tensor.numel()),))
+
+    def offset(self, tensor: torch.Tensor) -> int | None:
+        """Return where in the file a tensor of the tree starts; None if it has no elements.
+
+        Raises:
+            DamagedSourceError: it does not lie in one of the file's records.
+        """
+        storage = tensor.untyped_storage()
+        if self._base is None or not storage.nbytes():
+            return None
+        offset = storage.data_ptr() - self._base
+        if self._records.get(offset, -1) < storage.nbytes():
+            raise self._damaged("a tensor lies outside of its records")
+        return offset + int(tensor.storage_offset()) * tensor.itemsize
+
+    def _find_base(self) -> int | None:
+        """Return the address of the file's first byte, given that every record is some tensor's memory."""
+        starts = {t.untyped_storage().data_ptr() for t in tensors_of(self.tree) if t.untyped_storage().nbytes()}
+        starts.discard(0)
+        offsets = [offset for offset, length in self._records.items() if length]
+        if not starts or not offsets:
+            return None
+        base = min(starts) - min(offsets)
+        if any(start - base not in self._records for start in starts):
+            raise self._damaged("its records are not those that its tensors use")
+        return base
+
+    def _refused(self, error: Exception) -> ConversionError:
+        unknown = _CLASS.search(str(error))
+        if unknown is None:  # torch's own words would have it loaded with weights_only=False
+            return self._damaged("its pickle is not of the kind that torch.save writes")
+        name = unknown[1].rstrip(".")
+        return ConversionError(
+            f"{self.path} holds an object of {name}, which could run code and was not loaded; if you trust it, admit "
+            f"it with --allow {name}."
+        )
+
+    def _damaged(self, why: str) -> DamagedSourceError:
+        return DamagedSourceError(f"{self.path} is damaged, or no torch.save file ({why.rstrip('.')}); copy it anew.")
+
+
+def tensors_of(tree: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors of nested containers."""
+    stack, seen = [tree], set()
+    while stack:
+        value = stack.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, Mapping | list | tuple | set) and id(value) not in seen:
+            seen.add(id(value))  # a pickle can make a list that contains itself
+            stack.extend(value.values() if isinstance(value, Mapping) else value)
+
+
+def in_memory(tree: Any, depth: int = 0) -> Any:
+    """Return plain values and nested containers with every mapped tensor copied.
+
+    Raises:
+        ConversionError: it is nested without end.
+    """
+    if depth > 100:
+        raise ConversionError("The source holds values that are nested more than 100 deep, which no training writes.")
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().clone()
+    if isinstance(tree, Mapping):
+        return {key: in_memory(value, depth + 1) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)([in_memory(v, depth + 1) for v in tree]) if type(tree) in (list, tuple) else tree
+    return tree
+
+
+def is_torch_file(path: Path) -> bool:
+    """Tell whether a file begins as what torch.save writes, or wrote before torch 1.6."""
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(4)
+    except OSError:
+        return False
+    return head == b"PK\x03\x04" or head[:1] == b"\x80"
+
+
+def _is_archive(path: Path) -> bool:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(4) == b"PK\x03\x04"
+    except OSError as error:
+        raise DamagedSourceError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _records(path: Path) -> dict[int, int]:
+    """Return where the archive's tensors lie: the offset of each in the file, and its length.
+
+    Raises:
+        DamagedSourceError: the archive is cut off, or compressed.
+    """
+    found: dict[int, int] = {}
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as stream:
+            for entry in archive.infolist():
+                if "/data/" not in entry.filename:
+                    continue
+                stream.seek(entry.header_offset)
+                header = stream.read(_LOCAL_HEADER)
+                names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+                if entry.compress_type != zipfile.ZIP_STORED or len(header) < _LOCAL_HEADER:
+                    raise DamagedSourceError(f"{path} is a compressed archive, which torch.save does not write.")
+                found[entry.header_offset + _LOCAL_HEADER + names] = entry.file_size
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise DamagedSourceError(f"{path} is damaged ({_first_line(error)}); copy it anew.") from error
+    return found
+
+
+def imported(name: str) -> tuple[Any, str]:
+    """Return a class that the user trusts, with its full name, as ``torch.serialization.safe_globals`` takes it.
+
+    Raises:
+        ConversionError: there is none of this name.
+    """
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute), name
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConversionError(
+            f"--allow {name}: there is no such class to import ({_first_line(error)}); give it as module.Class."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

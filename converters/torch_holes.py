@@ -1,0 +1,123 @@
+"""Writing ``torch.save`` files that are larger than memory: with holes for the tensors, to be filled afterwards."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.serialization import skip_data
+
+from . import ranks
+from .errors import ConversionError
+from .filling import Stretch, whole
+from .tensors import Given, Readable
+from .torch_file import TorchFile
+from .zero_classes import pickle_by_name
+
+_CENTRAL = struct.Struct("<4s12xLLLHHH8xL")  # signature, CRC, sizes, lengths of name, extra, comment, header's offset
+_CRC_IN_CENTRAL = 16
+_DESCRIPTOR = b"PK\x07\x08"
+
+
+class Holes:
+    """Stand-ins for tensors in what is given to ``torch.save``."""
+
+    def __init__(self) -> None:
+        self._stand_ins: dict[int, torch.Tensor] = {}
+        self._readables: dict[int, Readable] = {}
+
+    def make(self, tensor: Readable) -> torch.Tensor:
+        """Return memory of a tensor's shape that is never touched, so never taken; tied names share it."""
+        if id(tensor) not in self._stand_ins:
+            made = torch.empty(tensor.size, dtype=tensor.dtype)
+            self._stand_ins[id(tensor)] = made
+            self._readables[id(made)] = tensor
+        return self._stand_ins[id(tensor)]
+
+    def save(
+        self, tree: Any, path: Path, stand_ins: Mapping[str, type] | None = None, allow: Sequence[str] = ()
+    ) -> list[Stretch]:
+        """Write a file with room for its tensors, and return what is to be put where.
+
+        Call it on all ranks with the same tree; the first one writes.
+
+        Args:
+            tree: what to save. Tensors in it that ``make`` did not return are put in as they are.
+            path: the file to make.
+            stand_ins: classes in the tree that only exist by name, as ``TorchFile`` takes them.
+            allow: classes, as ``module.Class``, that the user trusts.
+
+        Raises:
+            ConversionError: the file cannot be written.
+        """
+        ranks.together(lambda: _save(tree, path, stand_ins or {}) if ranks.rank() == 0 else None)
+        saved = TorchFile(path, allow, stand_ins)
+        found: dict[int, Stretch] = {}
+        for original, mapped in _pairs(tree, saved.tree):
+            offset = saved.offset(mapped)
+            if offset is not None and original.numel():
+                readable = self._readables.get(id(original)) or Given(original.contiguous())
+                found.setdefault(offset, whole(path, offset, readable))
+        return list(found.values())
+
+
+def _save(tree: Any, path: Path, stand_ins: Mapping[str, type]) -> None:
+    module = pickle_by_name(stand_ins) if stand_ins else pickle
+    try:
+        with skip_data(), path.open("xb") as stream:
+            torch.save(tree, stream, pickle_module=module)
+    except (OSError, RuntimeError) as error:
+        raise ConversionError(f"{path} cannot be written: {str(error).splitlines()[0]}.") from error
+
+
+def _pairs(tree: Any, twin: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the tensors of two containers of the same shape, two and two."""
+    if isinstance(tree, torch.Tensor):
+        yield tree, twin
+    elif isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _pairs(value, twin[key])
+    elif isinstance(tree, list | tuple):
+        for value, other in zip(tree, twin, strict=True):
+            yield from _pairs(value, other)
+
+
+def patch_checksums(path: Path, crcs: Mapping[int, int]) -> None:
+    """Write the CRC-32 of records into an archive that was made without them.
+
+    Args:
+        path: the archive.
+        crcs: the CRC of each record, by the offset of its first byte.
+    """
+    with path.open("r+b") as stream:
+        for central, header, crc_size in _entries(path):
+            stream.seek(header + 26)
+            name, extra = struct.unpack("<HH", stream.read(4))
+            data = header + 30 + name + extra
+            if data not in crcs:
+                continue
+            crc = crcs[data].to_bytes(4, "little")
+            stream.seek(central + _CRC_IN_CENTRAL)
+            stream.write(crc)
+            stream.seek(data + crc_size)
+            if stream.read(4) == _DESCRIPTOR:
+                stream.write(crc)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _entries(path: Path) -> Iterator[tuple[int, int, int]]:
+    """Yield, for each record, where its entry in the central directory is, where its header is, and its size."""
+    with zipfile.ZipFile(path) as archive, path.open("rb") as stream:
+        at = archive.start_dir
+        for entry in archive.infolist():
+            stream.seek(at)
+            _, _, _, _, name, extra, comment, _ = _CENTRAL.unpack(stream.read(_CENTRAL.size))
+            yield at, entry.header_offset, entry.file_size
+            at += _CENTRAL.size + name + extra + comment

@@ -1,0 +1,325 @@
+"""What DeepSpeed's files hold, the same for all stages, and whether all ranks' files belong together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from .errors import DamagedSourceError
+from .options import Options
+from .tensors import Readable
+from .torch_file import TorchFile
+from .zero_classes import STAND_INS
+from .zero_files import ZeroFolder
+from .zero_layout import Flat, cut_each, cut_whole
+from .zero_refusals import check_config, check_model, check_optimizer
+
+T = TypeVar("T")
+Shapes = Mapping[str, torch.Size]
+
+
+def opened(path: Path, options: Options) -> TorchFile:
+    """Open one of the files; DeepSpeed need not be there.
+
+    Raises:
+        ConversionError: it holds a class that is not admitted.
+        DamagedSourceError: it is damaged, or holds no table.
+    """
+    file = TorchFile(path, options.allow, STAND_INS)
+    if not isinstance(file.tree, Mapping):
+        raise DamagedSourceError(f"{path} holds a {type(file.tree).__name__}, not what DeepSpeed saves; copy it anew.")
+    return file
+
+
+def entry(tree: Mapping[str, Any], name: str, kind: type[T], path: Path) -> T:
+    """Return an entry of a file.
+
+    Raises:
+        DamagedSourceError: there is none, or it is something else than DeepSpeed puts there.
+    """
+    value = tree.get(name)
+    if not isinstance(value, kind):
+        raise DamagedSourceError(
+            f"{path} has no {name!r} as DeepSpeed writes it ({type(value).__name__}); copy it anew."
+        )
+    return value
+
+
+class OptimFile:
+    """A rank's file of flat weights and optimizer states."""
+
+    def __init__(self, path: Path, options: Options) -> None:
+        self.path = path
+        self._file = opened(path, options)
+        self.zero: Mapping[str, Any] = entry(self._file.tree, "optimizer_state_dict", Mapping, path)  # type: ignore[type-abstract]
+        self.config: Mapping[str, Any] = config_of(self._file.tree)
+        check_config(path, self.config)
+        check_optimizer(path, self.zero)
+
+    @cached_property
+    def stage(self) -> int:
+        """The stage of ZeRO."""
+        stage = getattr(self.zero.get("zero_stage"), "value", self.zero.get("zero_stage"))
+        if stage is None and "single_partition_of_fp32_groups" in self.zero:
+            return 1  # DeepSpeed's BF16_Optimizer: its flat buffers are those of ZeRO-1
+        if stage not in (1, 2, 3):
+            raise DamagedSourceError(f"{self.path} does not tell its stage of ZeRO; copy it anew.")
+        return int(stage)
+
+    @cached_property
+    def worlds(self) -> Sequence[int]:
+        """How many ranks each flat stream was cut for; one number for all in ZeRO-3."""
+        count = self.zero.get("partition_count")
+        worlds = count if isinstance(count, list | tuple) else [count]
+        if not all(isinstance(world, int) for world in worlds):
+            raise DamagedSourceError(f"{self.path} has no partition_count; copy it anew.")
+        return list(worlds)
+
+    @cached_property
+    def _optimizer(self) -> Mapping[str, Any]:
+        name = "optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"
+        return entry(self.zero, name, Mapping, self.path)  # type: ignore[type-abstract]
+
+    @cached_property
+    def weights(self) -> list[Readable]:
+        """This rank's part of each flat stream."""
+        name = "fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"
+        flats = entry(self.zero, name, Sequence, self.path)  # type: ignore[type-abstract]
+        if not all(isinstance(flat, torch.Tensor) for flat in flats):
+            raise DamagedSourceError(f"{self.path} has something else than tensors in {name!r}; copy it anew.")
+        return [self._file.stored(flat) for flat in flats]
+
+    @cache  # noqa: B019 - it lives as long as the file's map anyway
+    def state(self, number: int) -> tuple[dict[str, Readable], dict[str, Any]]:
+        """Return the optimizer's state of a stream: what has a value for each element, and what has a single one."""
+        states = entry(self._optimizer, "state", Mapping, self.path)  # type: ignore[type-abstract]
+        held = states.get(number, {})
+        if not isinstance(held, Mapping):
+            raise DamagedSourceError(f"{self.path} has no optimizer state as DeepSpeed writes it; copy it anew.")
+        spread = {k: self._file.stored(v) for k, v in held.items() if isinstance(v, torch.Tensor) and v.dim()}
+        return spread, {kind: value for kind, value in held.items() if kind not in spread}
+
+    @cached_property
+    def groups(self) -> list[Mapping[str, Any]]:
+        """The param groups, whose ``params`` are numbers of streams."""
+        groups = entry(self._optimizer, "param_groups", list, self.path)
+        for group in groups:
+            if not isinstance(group, Mapping) or not isinstance(group.get("params"), list):
+                raise DamagedSourceError(f"{self.path} has param groups without params; copy it anew.")
+        return groups
+
+    @property
+    def hyperparameters(self) -> list[dict[str, Any]]:
+        """Everything of the param groups but the parameters."""
+        return [{name: value for name, value in group.items() if name != "params"} for group in self.groups]
+
+
+class ModelFile:
+    """A file with the model's names and shapes, and what is not trained."""
+
+    def __init__(self, path: Path, options: Options) -> None:
+        self.path = path
+        self._file = opened(path, options)
+        self.tree: Mapping[str, Any] = self._file.tree
+        self.config: Mapping[str, Any] = config_of(self.tree)
+        check_model(path, self.tree)
+        check_config(path, self.config)
+        self.module: Mapping[str, Any] = entry(self.tree, "module", Mapping, path)  # type: ignore[type-abstract]
+        self.shapes: list[Shapes] = [
+            self._sizes(shapes, "param_shapes") for shapes in entry(self.tree, "param_shapes", list, path)
+        ]
+
+    @cached_property
+    def frozen(self) -> Shapes | None:
+        """The shapes of parameters that are not trained; None where they were left out or lie in the module."""
+        shapes = self.tree.get("frozen_param_shapes")
+        return None if shapes is None else self._sizes(shapes, "frozen_param_shapes")
+
+    @cached_property
+    def buffers(self) -> list[str]:
+        """The names of persistent buffers."""
+        return [name for name in entry(self.tree, "buffer_names", list, self.path) if name in self.module]
+
+    @cached_property
+    def shared(self) -> dict[str, str]:
+        """The other names of tied parameters, and the one that each is stored under."""
+        return dict(self.tree.get("shared_params") or {})
+
+    def fragment(self, name: str) -> Readable:
+        """Return this file's part of a parameter that is not trained."""
+        fragments = entry(self.tree, "frozen_param_fragments", Mapping, self.path)  # type: ignore[type-abstract]
+        return self._file.stored(entry(fragments, name, torch.Tensor, self.path))
+
+    def stored(self, name: str) -> Readable:
+        """Return a tensor of the module."""
+        return self._file.stored(entry(self.module, name, torch.Tensor, self.path))
+
+    def _sizes(self, shapes: Any, name: str) -> Shapes:
+        if not isinstance(shapes, Mapping):
+            raise DamagedSourceError(f"{self.path} has no {name!r} as DeepSpeed writes it; copy it anew.")
+        return {str(fqn): torch.Size(size) for fqn, size in shapes.items()}
+
+
+def config_of(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return DeepSpeed's configuration in a file; empty if there is none."""
+    config = tree.get("ds_config")
+    return config if isinstance(config, Mapping) else {}
+
+
+@dataclass(frozen=True)
+class ZeroContents:
+    """A checkpoint's files, opened, which belong together.
+
+    Attributes:
+        folder: where they are.
+        optim: the optimizer's files, by rank.
+        model: the model's files, by rank; a single one for ZeRO-1 and 2.
+        flats: for each flat stream which elements of which parameter each rank has.
+    """
+
+    folder: ZeroFolder
+    optim: Sequence[OptimFile]
+    model: Sequence[ModelFile]
+    flats: Sequence[Flat]
+
+    @property
+    def stage(self) -> int:
+        """The stage of ZeRO."""
+        return self.optim[0].stage
+
+    @property
+    def world(self) -> int:
+        """How many ranks there were."""
+        return len(self.optim)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """DeepSpeed's configuration."""
+        return self.model[0].config or self.optim[0].config
+
+    @property
+    def zero_config(self) -> Mapping[str, Any]:
+        """The part of it that is about ZeRO."""
+        found = self.config.get("zero_optimization")
+        return found if isinstance(found, Mapping) else {}
+
+
+def read(folder: ZeroFolder, options: Options) -> ZeroContents:
+    """Open a checkpoint's files and make sure that they belong together.
+
+    Raises:
+        ConversionError: it is of a kind that is not read, or holds a class that is not admitted.
+        DamagedSourceError: a file is damaged, or not of the same save as the others.
+    """
+    model = [ModelFile(path, options) for path in folder.model.values()]
+    optim = [OptimFile(path, options) for path in folder.optim.values()]
+    _check_worlds(folder, optim, model)
+    _check_saves(optim, model)
+    flats = _flats(optim[0], model[0], len(optim))
+    for rank, file in enumerate(optim):
+        _check_lengths(file, flats, rank)
+    return ZeroContents(folder, optim, model, flats)
+
+
+def _check_worlds(folder: ZeroFolder, optim: Sequence[OptimFile], model: Sequence[ModelFile]) -> None:
+    for file in optim:
+        if (file.stage == 3) != folder.partitioned or file.stage != optim[0].stage:
+            raise DamagedSourceError(
+                f"{file.path} is of ZeRO-{file.stage}, other than the files beside it; copy all anew."
+            )
+        for world in file.worlds:
+            if world != len(optim):
+                raise DamagedSourceError(
+                    f"{file.path} is of a run of {world} ranks (partition_count), but {folder.folder} has the files of "
+                    f"{len(optim)}; copy the missing ones, or remove those of another save."
+                )
+    for of_model in model:
+        told = of_model.tree.get("dp_world_size")
+        if told != len(optim):
+            raise DamagedSourceError(
+                f"{of_model.path} is of a run of {told} ranks (dp_world_size), but {folder.folder} has the files of "
+                f"{len(optim)}; copy the missing ones, or remove those of another save."
+            )
+
+
+def _check_saves(optim: Sequence[OptimFile], model: Sequence[ModelFile]) -> None:
+    """Make sure that all files are of one step and tell of the same parameters."""
+    first = model[0]
+    for other in model[1:]:
+        for name in ("global_steps", "global_samples", "skipped_steps"):
+            if other.tree.get(name) != first.tree.get(name):
+                raise DamagedSourceError(
+                    f"{other.path} is of another step than {first.path.name} ({name} {other.tree.get(name)} and "
+                    f"{first.tree.get(name)}); copy the whole folder anew."
+                )
+        if _ordered(other.shapes) != _ordered(first.shapes) or other.frozen != first.frozen:
+            raise DamagedSourceError(
+                f"{other.path} tells of other parameters than {first.path.name} (param_shapes); copy the folder anew."
+            )
+    for file in optim[1:]:
+        _check_same_step(file, optim[0])
+
+
+def _ordered(shapes: Sequence[Shapes]) -> list[list[tuple[str, torch.Size]]]:
+    return [list(group.items()) for group in shapes]
+
+
+def _check_same_step(file: OptimFile, first: OptimFile) -> None:
+    if len(file.weights) != len(first.weights):
+        raise DamagedSourceError(
+            f"{file.path} has {len(file.weights)} flat groups and {first.path.name} has {len(first.weights)}; copy the "
+            f"folder anew."
+        )
+    for number in range(len(first.weights)):
+        (spread, mine), (others, its) = file.state(number), first.state(number)
+        if spread.keys() != others.keys() or mine.keys() != its.keys():
+            raise DamagedSourceError(
+                f"{file.path} has other optimizer states than {first.path.name}; copy the folder anew."
+            )
+        for kind, value in mine.items():
+            if value != its[kind]:
+                raise DamagedSourceError(
+                    f"{file.path} is of another step than {first.path.name} ({kind} {_plain(value)} and "
+                    f"{_plain(its[kind])}); copy the whole folder anew."
+                )
+    if str(file.hyperparameters) != str(first.hyperparameters):
+        raise DamagedSourceError(
+            f"{file.path} has other param groups than {first.path.name}, of another step; copy the folder anew."
+        )
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+
+
+def _flats(optim: OptimFile, model: ModelFile, world: int) -> list[Flat]:
+    if len(model.shapes) != len(optim.weights):
+        raise DamagedSourceError(
+            f"{model.path} tells of {len(model.shapes)} groups of parameters and {optim.path.name} has "
+            f"{len(optim.weights)}; copy the folder anew."
+        )
+    counts = [[(fqn, math.prod(size)) for fqn, size in shapes.items()] for shapes in model.shapes]
+    if optim.stage == 3:
+        return [cut_each(group, world) for group in counts]
+    gaps = optim.zero.get("param_alignment_paddings") or [()] * len(counts)
+    try:
+        return [cut_whole(group, world, list(padding)) for group, padding in zip(counts, gaps, strict=True)]
+    except (TypeError, ValueError) as error:
+        raise DamagedSourceError(f"{optim.path} has other paddings than parameters ({error}); copy it anew.") from error
+
+
+def _check_lengths(file: OptimFile, flats: Sequence[Flat], rank: int) -> None:
+    """Make sure that streams are as long as the shapes say: the weights may or may not have the padding at the end."""
+    for number, (flat, weights) in enumerate(zip(flats, file.weights, strict=True)):
+        for kind, stream in {"weights": weights, **file.state(number)[0]}.items():
+            if len(stream.size) != 1 or stream.count not in (flat.length, flat.filled[rank]):
+                raise DamagedSourceError(
+                    f"{file.path} has {stream.count} elements of flat group {number} ({kind}) where the shapes of its "
+                    f"parameters make {flat.length}; copy it anew."
+                )

@@ -10,15 +10,13 @@ beside that of a run which nobody disturbed.
 
 from __future__ import annotations
 
-import itertools
-import signal
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from demo import folders
+from demo.ending import failures_told
 from demo.errors import DemoError
 from demo.folders import Places
 from demo.runs import Disturbed, Settings, load_all, undisturbed
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
     from tailor_dcp.inspection import Inspection
 
 _TOLERANCE = 0.1  # of held-out loss; with the default options the two runs end 0.02 apart
-_TAIL = 20  # lines of a log that are shown after a failure
 _ROWS = 6  # steps at which the losses are compared
 
 
@@ -43,21 +40,12 @@ def main(
     settings = Settings(steps, every, kills)
     if steps % every or settings.saves < kills + 2:
         raise typer.BadParameter(f"--steps must be a multiple of --every, and at least {every * (kills + 2)}")
-    signal.signal(signal.SIGTERM, _interrupt)
     screen = Screen(total=2 * steps + settings.saves + 1)
-    try:
+    with failures_told(screen):
         places = folders.prepare(run)
         with screen:
             outcome = _play(places, settings, screen)
         _report(outcome, places, settings, screen.console)
-    except DemoError as error:
-        if error.log:
-            screen.console.print(_tail(error.log), style="dim", markup=False)
-        screen.failed(str(error) + (f" The whole log is {error.log}." if error.log else ""))
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        screen.failed("Stopped; nothing of it is still running.")
-        raise typer.Exit(130) from None
 
 
 @dataclass(frozen=True)
@@ -140,17 +128,6 @@ def _left(places: Places, settings: Settings) -> str:
         f"\nLeft here: the runs {places.uninterrupted} and {places.killed}, their logs in {places.logs}\n"
         f"See more:  tailor inspect {last}\n"
     )
-
-
-def _tail(log: Path) -> str:
-    """Return the end of what the trainer itself said; torchrun's report on it comes after and is longer."""
-    lines = log.read_text(errors="replace").splitlines()
-    own = itertools.takewhile(lambda line: "torch/distributed/elastic/multiprocessing" not in line, lines)
-    return "\n".join([*own][-_TAIL:])
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@
 policy finds due; ``dcp.load(state, checkpoint_id="run/step-200")`` reads a complete checkpoint, without this package.
 """
 
+from typing import TYPE_CHECKING
+
 from tailor_dcp.copying import copy
 from tailor_dcp.errors import TailorError, TailorWarning
 from tailor_dcp.inspection import inspect
@@ -18,7 +20,11 @@ from tailor_dcp.runs import latest
 from tailor_dcp.state import TrainState
 from tailor_dcp.writer import LayerwiseWriter
 
+if TYPE_CHECKING:
+    from tailor_dcp.integrations.engine_state import EngineState
+
 __all__ = [
+    "EngineState",
     "LayerMap",
     "LayerwiseLoadPlanner",
     "LayerwisePlanner",
@@ -34,3 +40,12 @@ __all__ = [
     "open_checkpoint",
     "prune",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # The library itself does not depend on its integrations; who never asks never imports them.
+    if name == "EngineState":
+        from tailor_dcp.integrations.engine_state import EngineState  # noqa: PLC0415
+
+        return EngineState
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,12 +25,21 @@ class HasState(Protocol):
 
 
 class ExtraState:
-    """The caller's own entries: a dict of values and of things with a state, or one thing with a state."""
+    """The caller's own entries: a dict of values and of things with a state, or one thing with a state.
 
-    def __init__(self, extra: dict[str, Any] | HasState | None) -> None:
+    Args:
+        extra: the entries.
+        reserved: names that they cannot have.
+        owner: who has reserved them, for messages.
+    """
+
+    def __init__(
+        self, extra: dict[str, Any] | HasState | None, reserved: frozenset[str] = RESERVED, owner: str = "TrainState"
+    ) -> None:
         self._extra = {} if extra is None else extra
+        self._reserved, self._owner = reserved, owner
         if isinstance(self._extra, dict):
-            _check_names(self._extra)
+            self._check_names(self._extra)
         elif not isinstance(self._extra, HasState):
             raise TailorError(
                 f"extra= is a {type(extra).__name__}, which has no state_dict() and load_state_dict(); "
@@ -43,7 +52,7 @@ class ExtraState:
             state = dict(self._extra.state_dict())
         else:
             state = {k: v.state_dict() if isinstance(v, HasState) else v for k, v in self._extra.items()}
-        _check_names(state)
+        self._check_names(state)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -58,13 +67,12 @@ class ExtraState:
             else:
                 self._extra[name] = value
 
-
-def _check_names(extra: Mapping[str, Any]) -> None:
-    clash = RESERVED & extra.keys()
-    if clash:
-        raise TailorError(
-            f"extra= holds the name {min(clash)!r}, which TrainState itself keeps under train.; rename it."
-        )
+    def _check_names(self, extra: Mapping[str, Any]) -> None:
+        clash = self._reserved & extra.keys()
+        if clash:
+            raise TailorError(
+                f"extra= holds the name {min(clash)!r}, which {self._owner} itself keeps under train.; rename it."
+            )
 
 
 def restore_keys(value: Any) -> None:

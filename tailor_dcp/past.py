@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 from tailor_dcp import dcp_events, lineage
 from tailor_dcp.errors import TailorError
@@ -24,11 +26,22 @@ def loading() -> dcp_events.Call | None:
 
 
 class Source(NamedTuple):
-    """The checkpoint that DCP is loading from, as its own metadata tells."""
+    """The checkpoint that DCP is loading from.
+
+    Attributes:
+        folder: its path.
+        save_id: the id of the save that wrote it, empty where a stock planner did.
+        metadata: its own metadata.
+    """
 
     folder: str
     save_id: str
-    train_keys: frozenset[str]
+    metadata: Metadata
+
+    @property
+    def train_keys(self) -> frozenset[str]:
+        """Its keys under ``train.``."""
+        return frozenset(key for key in self.metadata.state_dict_metadata if key.startswith("train."))
 
 
 def saving_to() -> str | None:
@@ -44,15 +57,30 @@ def source_of_load() -> Source | None:
     call = loading()
     if call is None or call.checkpoint_id is None or is_url(call.checkpoint_id):
         return None
-    here = locate(call.checkpoint_id)
+    if _latest.call is not call:  # each part of a state asks
+        _latest.source, _latest.call = _look_into(call.checkpoint_id), call
+    return _latest.source
+
+
+def _look_into(checkpoint_id: str) -> Source | None:
+    here = locate(checkpoint_id)
     # A name without a step may be a link, such as `latest`, that soon leads elsewhere.
     folder = str(here.folder) if here.step is not None else os.path.realpath(here.folder)
     try:
         metadata = read(Path(folder) / METADATA)
     except TailorError:  # the load itself will say what is wrong
         return None
-    keys = frozenset(key for key in metadata.state_dict_metadata if key.startswith("train."))
-    return Source(folder, save_id_of(metadata) or "", keys)
+    return Source(folder, save_id_of(metadata) or "", metadata)
+
+
+class _Latest(threading.local):
+    """The load that was last looked into. An object of DCP's own call, so that another one is never taken for it."""
+
+    call: dcp_events.Call | None = None
+    source: Source | None = None
+
+
+_latest = _Latest()
 
 
 class Past:
@@ -84,6 +112,7 @@ class Past:
             asked: the generation just before this load.
         """
         self.set(_descent(source, token))
+        _latest.call = _latest.source = None  # a large job's metadata is large
         for other in _pasts.values():
             # One load of one TrainState leaves the states of other models as they were.
             if other._generation == asked == lineage.generation() - 1:

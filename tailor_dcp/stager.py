@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tailor_dcp.errors import SaveRefusedError
 
@@ -96,6 +98,8 @@ def _copy(value: Any) -> Any:
     """Return a copy on the CPU that training cannot change any more."""
     if isinstance(value, DTensor):
         return _like(value, _copy(value.to_local()))
+    if _is_shard(value):
+        return _rewrapped(value, _copy)
     if type(value) in _PLAIN:
         copied = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, requires_grad=False)
         return copied.copy_(value.detach(), non_blocking=True)
@@ -106,6 +110,8 @@ def _without_data(value: Any) -> Any:
     """Return a stand-in for what is carried: everything but the bytes."""
     if isinstance(value, DTensor):
         return _like(value, _without_data(value.to_local()))
+    if _is_shard(value):
+        return _rewrapped(value, _without_data)
     if type(value) in _PLAIN:
         return torch.empty_like(value, device="meta", requires_grad=False)
     if isinstance(value, torch.Tensor):
@@ -119,6 +125,18 @@ def _without_data(value: Any) -> Any:
 def _like(value: DTensor, local: torch.Tensor) -> DTensor:
     # from_local would move it back to the mesh's device.
     return DTensor(local, value._spec, requires_grad=False)  # type: ignore[no-untyped-call]
+
+
+def _is_shard(value: Any) -> bool:
+    """Tell whether this is a tensor of a foreign kind that speaks DCP's protocol, and torch's for what it wraps."""
+    return hasattr(value, "__create_write_items__") and is_traceable_wrapper_subclass(value)
+
+
+def _rewrapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Return the same kind of tensor around what ``change`` makes of those inside."""
+    names, context = value.__tensor_flatten__()
+    inner = {name: change(getattr(value, name)) for name in names}
+    return type(value).__tensor_unflatten__(inner, context, value.size(), value.stride())
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)

@@ -27,11 +27,13 @@ class Settings:
         steps: training steps; the last one ends with a checkpoint.
         every: steps from one checkpoint to the next.
         kills: how often the second run is killed.
+        script: what trains, by its name among the examples.
     """
 
     steps: int
     every: int
     kills: int
+    script: str = "fsdp_trainer.py"
 
     @property
     def saves(self) -> int:
@@ -51,7 +53,7 @@ class Settings:
 def undisturbed(places: Places, settings: Settings, screen: Screen) -> dict[int, float]:
     """Train to the end, with a full checkpoint there, and return the loss of each step."""
     log = places.logs / "uninterrupted.log"
-    with _running(places.uninterrupted, log, settings.steps, settings.steps, policy="full") as trainer:
+    with _running(settings, places.uninterrupted, log, settings.steps, policy="full") as trainer:
         _to_the_end(trainer, settings, screen)
     _check_finished(trainer, places.uninterrupted, settings)
     return trainer.losses
@@ -91,7 +93,7 @@ class Disturbed:
         while True:
             self._starts += 1
             log = self.logs / f"killed-{self._starts}.log"
-            with _running(self.run, log, self.settings.steps, self.settings.every) as trainer:
+            with _running(self.settings, self.run, log, self.settings.every) as trainer:
                 self._see_resume(trainer, last)
                 last = self._kill(trainer) if len(self.kills) < self.settings.kills else None
                 if last is None:
@@ -161,9 +163,9 @@ def load_all(checkpoints: list[Path], places: Places, screen: Screen) -> dict[st
 
 
 @contextmanager
-def _running(run: Path, log: Path, steps: int, every: int, **options: object) -> Iterator[Trainer]:
+def _running(settings: Settings, run: Path, log: Path, every: int, **options: object) -> Iterator[Trainer]:
     """Run a trainer that is gone afterwards, whatever happens."""
-    trainer = Trainer(run, log, steps=steps, every=every, **options)
+    trainer = Trainer(settings.script, run, log, 2, steps=settings.steps, every=every, **options)
     try:
         yield trainer
     finally:

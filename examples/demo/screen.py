@@ -18,9 +18,11 @@ class Screen:
 
     Args:
         total: how much work there is: steps to train and checkpoints to load.
+        phases: in how many parts it is done.
     """
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, phases: int = 3) -> None:
+        self._phases = phases
         plain = Console(highlight=False)
         # Wide enough for the tables where nobody looks at it live.
         self.console = plain if plain.is_terminal else Console(highlight=False, width=_WIDTH)
@@ -50,7 +52,7 @@ class Screen:
     def phase(self, number: int, name: str, told: str) -> None:
         """Begin a phase, with the name that the bar shows and a line that says what happens in it."""
         self._before = int(self._progress.tasks[0].completed)
-        self._progress.update(self._bar, description=f"{number}/3 {name}", detail="")
+        self._progress.update(self._bar, description=f"{number}/{self._phases} {name}", detail="")
         self.console.print(f"\n[bold]{number}[/]  {told}")
 
     def advance(self, done: int, detail: str) -> None:

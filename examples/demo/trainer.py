@@ -27,11 +27,13 @@ def quiet_environment() -> dict[str, str]:
 
 
 class Trainer:
-    """The training script under torchrun, from its start to its end.
+    """A training script under torchrun, from its start to its end.
 
     Args:
+        script: its name among the examples.
         run: the folder of its checkpoints.
         log: where everything that it prints goes.
+        ranks: how many processes train.
         options: further options of the script.
 
     Attributes:
@@ -40,7 +42,7 @@ class Trainer:
         resumed_from: the step that it said it goes on from, None until it has.
     """
 
-    def __init__(self, run: Path, log: Path, **options: object) -> None:
+    def __init__(self, script: str, run: Path, log: Path, ranks: int = 2, **options: object) -> None:
         self.log = log
         self.losses: dict[int, float] = {}
         self.resumed_from: int | None = None
@@ -48,7 +50,7 @@ class Trainer:
         self._heard = time.monotonic()
         with log.open("w") as errors:
             self._process = subprocess.Popen(
-                _command(run, log.parent, options),
+                _command(script, ranks, run, log.parent, options),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -111,12 +113,12 @@ class Trainer:
             self.losses[int(said["step"])] = said["loss"]
 
 
-def _command(run: Path, logs: Path, options: dict[str, object]) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def _command(script: str, ranks: int, run: Path, logs: Path, options: dict[str, object]) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     # Killed, it could not remove the folder that it makes among the system's temporary files.
     launcher += ["--log-dir", str(logs / "torchrun")]
     given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    return [*launcher, str(_EXAMPLES / "fsdp_trainer.py"), str(run), *given]
+    return [*launcher, str(_EXAMPLES / script), str(run), *given]
 
 
 def stock_losses(checkpoints: list[Path], log: Path) -> subprocess.Popen[str]:

@@ -32,6 +32,7 @@ class Setup:
         optimizer: adamw (torch's) or cpu_adam (DeepSpeed's).
         offload: whether the optimizer lives on the CPU.
         options: more of DeepSpeed's ``zero_optimization``.
+        accumulate: batches a step.
     """
 
     stage: int = 3
@@ -41,6 +42,7 @@ class Setup:
     optimizer: str = "adamw"
     offload: bool = False
     options: tuple[tuple[str, Any], ...] = ()
+    accumulate: int = 1
 
 
 class Odd(nn.Module):
@@ -148,6 +150,7 @@ def make_engine(setup: Setup, number: int) -> Any:
         zero["offload_optimizer"] = {"device": "cpu"}
     config = {
         "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": setup.accumulate,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,

@@ -232,7 +232,8 @@ def refused(group: Any, kind: str) -> str:
 
     before = dict(vars(groups))
     try:
-        EngineState(_unknown_engine(kind))["model"].state_dict()
+        extra = {"zero": 0} if kind == "taken name" else None
+        EngineState(_unknown_engine(kind), extra=extra)["model"].state_dict()
     except TailorError as error:
         return str(error)
     finally:
@@ -256,6 +257,8 @@ def _unknown_engine(kind: str) -> Any:
 
     if kind == "module":
         return torch.nn.Linear(2, 2)
+    if kind == "taken name":
+        return make_engine(Setup(1), 1)
     config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 2, "zero_allow_untested_optimizer": True}
     if kind == "pipeline":
         from deepspeed.pipe import PipelineModule

@@ -7,6 +7,7 @@ import faulthandler
 import io
 import os
 import signal
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -136,6 +137,34 @@ def load_and_save(group: Any, setup: dict[str, Any], folder: str, target: str) -
     engine.save_checkpoint(target)
 
 
+def save_state(group: Any, setup: dict[str, Any], folder: str, steps: int = 2, further: int = 2) -> dict[str, Any]:
+    """Train and save through EngineState; go on."""
+    import torch.distributed.checkpoint as dcp
+
+    from tailor_dcp import EngineState
+
+    made = Setup(**setup)
+    engine = _engine(made, seed=1)
+    _train(engine, made, steps)
+    dcp.save(EngineState(engine), checkpoint_id=folder)
+    return {"saved": state_of(engine), "losses": _train(engine, made, further)}
+
+
+def load_state(group: Any, setup: dict[str, Any], folder: str, further: int = 2) -> dict[str, Any]:
+    """Load through EngineState into an engine of other weights, and go on; return what was warned of, too."""
+    import torch.distributed.checkpoint as dcp
+
+    from tailor_dcp import EngineState
+
+    made = Setup(**setup)
+    engine = _engine(made, seed=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dcp.load(EngineState(engine), checkpoint_id=folder)
+    warned = [str(w.message) for w in caught if w.category.__name__ == "TailorWarning"]
+    return {"saved": state_of(engine), "losses": _train(engine, made, further), "warned": warned}
+
+
 def convert_together(group: Any, setup: dict[str, Any], source: str, target: str, to: str) -> list[str]:
     """Convert with all workers as the ranks that share the work; return what was said."""
     from tailor_dcp.converters.convert import convert
@@ -159,7 +188,7 @@ def classes_in(group: Any, setup: dict[str, Any], path: str) -> dict[str, str]:
     found = {name: zero[name] for name in ("zero_stage", "loss_scaler") if name in zero}
     for mapping in zero.get("param_slice_mappings", [])[:1]:
         found |= {"fragment": next(iter(mapping.values()))}
-    return {name: f"{type(value).__module__}.{type(value).__qualname__} {value!r}" for name, value in found.items()}
+    return {name: f"{type(v).__module__}.{type(v).__qualname__} {vars(v)}" for name, v in found.items()}
 
 
 def state_of(engine: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def catalog(moments: bool = True, **changes: Any) -> Catalog:
     shapes = {"a.weight": (7, 5), "a.bias": (7,), "b.weight": (3, 2, 5), "one": (1,), "big": (64, 70)}
     weights = {name: Given(torch.randn(shape, generator=draw)) for name, shape in shapes.items()}
     tied = {"b.tied": weights["b.weight"]}
-    fixed = {"frozen": Given(torch.randn(11, generator=draw)), "steps": Given(torch.arange(4))}
+    fixed = {"frozen": Given(torch.randn(11, generator=draw)), "table": Given(torch.arange(4))}
     states = {
         name: {
             "step": Given(torch.tensor(5.0)),
@@ -45,7 +45,7 @@ def catalog(moments: bool = True, **changes: Any) -> Catalog:
         if moments
         else (),
         train={"step": 5, "scheduler": {"last_epoch": 5}, "note": "hello"} if moments else {},
-        buffers=frozenset({"steps"}),
+        buffers=frozenset({"table"}),
         frozen=frozenset({"frozen"}),
     )
     return replace(made, **changes)

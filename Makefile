@@ -29,12 +29,13 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.demo
+bench: $(VENV)/.test
 	-PYTHONPATH=. $(BIN)/python benchmarks/save.py
 	-PYTHONPATH=. $(BIN)/python benchmarks/compose.py
 	-PYTHONPATH=. $(BIN)/python benchmarks/disk_use.py
 	-PYTHONPATH=. $(BIN)/python benchmarks/async.py
 	-PYTHONPATH=. $(BIN)/python benchmarks/fingerprint.py
+	-PYTHONPATH=. $(BIN)/python -m benchmarks.convert
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -49,4 +50,4 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-run build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-run zero-run zero-to-fsdp-run build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

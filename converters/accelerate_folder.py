@@ -11,6 +11,7 @@ from tailor_dcp.location import METADATA
 
 from .catalog import Catalog
 from .options import Options
+from .schedulers import whole_scheduler
 from .torch_file import TorchFile, in_memory
 
 _SCHEDULER = "scheduler.bin"
@@ -38,4 +39,4 @@ def files_of(folder: Path) -> dict[str, Path]:
 def write_scheduler(catalog: Catalog, folder: Path) -> None:
     """Write the scheduler as ``Accelerator.load_state`` reads it."""
     if "scheduler" in catalog.train:
-        torch.save(catalog.train["scheduler"], folder / _SCHEDULER)
+        torch.save(whole_scheduler(catalog), folder / _SCHEDULER)

@@ -27,6 +27,8 @@ _SCHEDULER = "scheduler.pt"
 _RNG = re.compile(r"rng_state(?:_(\d+))?\.pth")
 _OPAQUE = ("training_args.bin", "scaler.pt")
 """Files that are carried along as they are: the first holds objects that are never unpickled here."""
+_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
+"""DeepSpeed's, which it puts beside every checkpoint."""
 _GENERATORS = frozenset({"python", "numpy", "cpu", "cuda"})
 
 
@@ -54,7 +56,7 @@ def trainer_train(folder: Path, options: Options) -> tuple[dict[str, Any], dict[
     train: dict[str, Any] = {"trainer_state": json.dumps(state), "step": int(state.get("global_step") or 0)}
     if (folder / _SCHEDULER).is_file():
         train["scheduler"] = in_memory(TorchFile(folder / _SCHEDULER, options.allow).tree)
-    files = carried(folder)
+    files = {name: path for name, path in carried(folder).items() if name not in _SCRIPTS}
     files |= {name: confined(folder / name) for name in _OPAQUE if (folder / name).is_file()}
     states = _rng_files(folder)
     packed = _packed([TorchFile(file, options.allow).tree for file in states])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from .options import Options
 from .tensors import Given, Readable
 from .torch_file import TorchFile
 from .trainer_folder import is_trainer_folder, trainer_train
-from .universal_target import FOLDER, GROUPS, LATEST, MODEL, PARAM, WEIGHT
+from .universal_target import FOLDER, GROUPS, LATEST, MARK, MODEL, PARAM, WEIGHT, is_name
 from .views import reshaped
 from .zero_contents import ModelFile, OptimFile, ZeroContents, opened
 from .zero_files import MODEL3, MODEL12, ZeroFolder
@@ -47,6 +48,12 @@ def open_source(path: Path, options: Options) -> Catalog:
     """
     folder = _folder(path, options.tag)
     contents, common = _contents(folder, options)
+    told = replace(contents, optim=[common.told] * contents.world)
+    if told.stage < 3 and contents.zero_config.get("round_robin_gradients") is True and MARK not in common.zero:
+        raise ConversionError(
+            f"{folder} is of a run with round_robin_gradients, for which ds_to_universal.py puts weights and moments "
+            f"under other parameters' names; convert the ZeRO checkpoint that it was made of."
+        )
     first = contents.model[0]
     weights: dict[str, Readable] = {}
     state: dict[str, dict[str, Readable]] = {}
@@ -63,6 +70,7 @@ def open_source(path: Path, options: Options) -> Catalog:
     weights |= {name: first.stored(name) for name in first.buffers}
     weights |= {alias: weights[name] for alias, name in first.shared.items() if name in weights}
     train = train_of(contents)
+    train["zero"] |= _stage(told)
     files: Mapping[str, Path] = {}
     if is_trainer_folder(folder.parent):
         trainer, files = trainer_train(folder.parent, options)
@@ -72,12 +80,19 @@ def open_source(path: Path, options: Options) -> Catalog:
         format="universal",
         weights={name: weights[name] for name in [*(n for n in first.module if n in weights), *weights]},
         state=state,
-        groups=tuple(groups_of(contents)),
+        groups=tuple(groups_of(told)),
         train=train,
         buffers=frozenset(first.buffers),
         frozen=frozenset(frozen),
         files=files,
     )
+
+
+def _stage(contents: ZeroContents) -> dict[str, Any]:
+    """Return what the training's own stage is, and what is told of that stage alone."""
+    size = contents.zero_config.get("sub_group_size")
+    sub_groups = {"sub_group_size": int(size)} if contents.stage == 3 and isinstance(size, int | float) else {}
+    return {"stage": contents.stage, **sub_groups}
 
 
 def _folder(path: Path, tag: str | None) -> Path:
@@ -87,7 +102,7 @@ def _folder(path: Path, tag: str | None) -> Path:
     if tag is None and not latest.is_file():
         raise ConversionError(f"{path} has neither {FOLDER}/{GROUPS} nor {LATEST}; give one that has, or --tag.")
     name = tag or latest.read_text(errors="replace").strip()
-    if Path(name).name != name or not (path / name / FOLDER).is_dir():
+    if not is_name(name) or not (path / name / FOLDER).is_dir():
         raise ConversionError(f"{path} has no universal checkpoint {name!r}; give another with --tag.")
     return path / name
 
@@ -101,6 +116,14 @@ class _Globals(OptimFile):
         self.zero = self._file.tree
         self.config = {}
         self.stage = stage
+
+    @property
+    def told(self) -> _Globals:
+        """The same with the stage that the training had, whatever its files are laid out like."""
+        stage = getattr(self.zero.get("zero_stage"), "value", None)
+        made = copy(self)
+        made.stage = stage if stage in (1, 2, 3) else self.stage
+        return made
 
     @cached_property
     def _optimizer(self) -> Mapping[str, Any]:
@@ -160,7 +183,7 @@ class _File:
 
 def _parameter(folder: Path, fqn: str, size: torch.Size, options: Options) -> dict[str, Readable]:
     """Return a parameter's weight and its states by kind."""
-    if Path(fqn).name != fqn:
+    if not is_name(fqn):
         raise DamagedSourceError(f"{folder.parent} names a parameter {fqn!r}, outside of its folder; copy it anew.")
     files = sorted((folder / fqn).glob("*.pt"))
     if folder / fqn / f"{WEIGHT}.pt" not in files:

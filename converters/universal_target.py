@@ -26,6 +26,7 @@ from .tensors import Readable, Zeros, cast
 from .torch_holes import Holes, patch_checksums
 from .trainer_folder import write_trainer_files
 from .zero_classes import STAND_INS, ZeroStage
+from .zero_layout import dealt
 from .zero_plan import ZeroPlan, plan_of
 from .zero_target import frozen_shapes, model_tree, scaler_of, version_of
 
@@ -36,6 +37,8 @@ WEIGHT = "fp32"
 PARAM = "param"
 MODEL = "mp_rank_00_model_states.pt"
 MODEL3 = "zero_pp_rank_0_mp_rank_00_model_states.pt"
+MARK = "tailor_dcp"
+"""An entry that only our files have."""
 _ADAM = {"exp_avg", "exp_avg_sq"}
 _VERSION = 0.4
 """Of the format, as DeepSpeed counts."""
@@ -59,7 +62,7 @@ def write(catalog: Catalog, place: Path, final: Path, options: Options) -> Seque
     stage = catalog.train.get("zero", {}).get("stage") if isinstance(catalog.train.get("zero"), Mapping) else None
     plan = plan_of(catalog, options, stage if stage in (1, 2, 3) else 3)
     tag = options.tag or f"global_step{plan.step}_universal"
-    if Path(tag).name != tag:
+    if not is_name(tag):
         raise ConversionError(f"--tag {tag} is no name of a folder; give one such as global_step{plan.step}_universal.")
     _check_names(plan)
     steps = [max((_step(plan, name) for name in group.names), default=0.0) for group in plan.groups]
@@ -68,10 +71,15 @@ def write(catalog: Catalog, place: Path, final: Path, options: Options) -> Seque
     return (*plan.notes, *_notes(plan, steps))
 
 
+def is_name(text: str) -> bool:
+    """Tell whether a text names something within a folder, and does not lead out of it."""
+    return text not in ("", ".", "..") and not {"/", "\0"}.intersection(text)
+
+
 def _check_names(plan: ZeroPlan) -> None:
     for group in plan.groups:
         for name in group.names:
-            if Path(name).name != name:
+            if not is_name(name):
                 raise ConversionError(f"{name!r} is no name for a folder, which a universal checkpoint has for each.")
 
 
@@ -134,7 +142,9 @@ def _model(plan: ZeroPlan, holes: Holes, whole: bool) -> dict[str, Any]:
         plan,
         {
             "module": module,
-            "param_shapes": [OrderedDict((n, plan.weight(n).size) for n in group.names) for group in plan.groups],
+            "param_shapes": [
+                OrderedDict((n, plan.weight(n).size) for n in _ordered(plan, g.names)) for g in plan.groups
+            ],
             "frozen_param_shapes": frozen,
             "frozen_param_fragments": OrderedDict((n, module[n]) for n in frozen),
             "lr_scheduler": whole_scheduler(plan.catalog.train.get("scheduler")),
@@ -143,12 +153,19 @@ def _model(plan: ZeroPlan, holes: Holes, whole: bool) -> dict[str, Any]:
     )
 
 
+def _ordered(plan: ZeroPlan, names: Sequence[str]) -> Sequence[str]:
+    """Return a group's parameters in the order that DeepSpeed's files tell them in."""
+    robin = plan.stage < 3 and plan.zero_config.get("round_robin_gradients") is True
+    return dealt(names, plan.world) if robin else names
+
+
 def _optimizer(plan: ZeroPlan, steps: Sequence[float]) -> dict[str, Any]:
     """Return what is the same for all parameters, and the param groups, as each stage's engine looks for them."""
     groups = [{**group.values, "params": [number]} for number, group in enumerate(plan.groups)]
     step = max(steps, default=0.0)
     plain = any(group.plain_steps for group in plan.groups)
     return {
+        MARK: True,
         "zero_stage": ZeroStage(plan.stage),
         **scaler_of(plan),
         # Left out where the source does not tell it, so that the engine keeps its own.
@@ -191,6 +208,8 @@ def _notes(plan: ZeroPlan, steps: Sequence[float]) -> Iterator[str]:
             f"{left} frozen parameters and buffers are in {MODEL}, but DeepSpeed's universal loading does not look at "
             f"them: put them into the model before deepspeed.initialize."
         )
+    if plan.stage < 3 and plan.zero_config.get("round_robin_gradients") is True:
+        yield "An engine with round_robin_gradients mixes parameters up in universal loading; switch that off."
     if not set(plan.kinds) >= _ADAM:
         yield "Its optimizer is not Adam's, and a ZeRO-3 engine loads no other from a universal checkpoint."
     uneven = [(n, s) for g, s in zip(plan.groups, steps, strict=True) for n in g.names if _step(plan, n) != s]

@@ -11,13 +11,15 @@ from typing import Any, TypeVar
 
 import torch
 
+from tailor_dcp import rank_state
+
 from .errors import DamagedSourceError
 from .options import Options
 from .tensors import Readable
 from .torch_file import TorchFile
 from .zero_classes import STAND_INS
 from .zero_files import ZeroFolder
-from .zero_layout import Flat, cut_each, cut_whole
+from .zero_layout import Counts, Flat, cut_each, cut_whole
 from .zero_refusals import check_config, check_model, check_optimizer
 
 T = TypeVar("T")
@@ -51,6 +53,15 @@ def entry(tree: Mapping[str, Any], name: str, kind: type[T], path: Path) -> T:
     return value
 
 
+def count_in(tree: Mapping[str, Any], name: str, path: Path) -> int:
+    """Return a number in a file, 0 if it is not there.
+
+    Raises:
+        DamagedSourceError: there is something else in its place.
+    """
+    return entry(tree, name, int, path) if tree.get(name) is not None else 0
+
+
 class OptimFile:
     """A rank's file of flat weights and optimizer states."""
 
@@ -68,7 +79,7 @@ class OptimFile:
         stage = getattr(self.zero.get("zero_stage"), "value", self.zero.get("zero_stage"))
         if stage is None and "single_partition_of_fp32_groups" in self.zero:
             return 1  # DeepSpeed's BF16_Optimizer: its flat buffers are those of ZeRO-1
-        if stage not in (1, 2, 3):
+        if not isinstance(stage, int) or stage not in (1, 2, 3):
             raise DamagedSourceError(f"{self.path} does not tell its stage of ZeRO; copy it anew.")
         return int(stage)
 
@@ -144,12 +155,17 @@ class ModelFile:
     @cached_property
     def buffers(self) -> list[str]:
         """The names of persistent buffers."""
-        return [name for name in entry(self.tree, "buffer_names", list, self.path) if name in self.module]
+        names = entry(self.tree, "buffer_names", list, self.path)
+        return [name for name in names if isinstance(name, str) and name in self.module]
 
     @cached_property
     def shared(self) -> dict[str, str]:
         """The other names of tied parameters, and the one that each is stored under."""
-        return dict(self.tree.get("shared_params") or {})
+        shared = self.tree.get("shared_params")
+        shared = {} if shared is None else entry(self.tree, "shared_params", Mapping, self.path)  # type: ignore[type-abstract]
+        if not all(isinstance(name, str) for pair in shared.items() for name in pair):
+            raise DamagedSourceError(f"{self.path} has something else than names in 'shared_params'; copy it anew.")
+        return dict(shared)
 
     def fragment(self, name: str) -> Readable:
         """Return this file's part of a parameter that is not trained."""
@@ -163,6 +179,9 @@ class ModelFile:
     def _sizes(self, shapes: Any, name: str) -> Shapes:
         if not isinstance(shapes, Mapping):
             raise DamagedSourceError(f"{self.path} has no {name!r} as DeepSpeed writes it; copy it anew.")
+        for size in shapes.values():
+            if not isinstance(size, list | tuple) or not all(isinstance(n, int) and 0 <= n < 1 << 48 for n in size):
+                raise DamagedSourceError(f"{self.path} has something else than sizes in {name!r}; copy it anew.")
         return {str(fqn): torch.Size(size) for fqn, size in shapes.items()}
 
 
@@ -240,7 +259,7 @@ def _check_worlds(folder: ZeroFolder, optim: Sequence[OptimFile], model: Sequenc
                     f"{len(optim)}; copy the missing ones, or remove those of another save."
                 )
     for of_model in model:
-        told = of_model.tree.get("dp_world_size")
+        told = count_in(of_model.tree, "dp_world_size", of_model.path)
         if told != len(optim):
             raise DamagedSourceError(
                 f"{of_model.path} is of a run of {told} ranks (dp_world_size), but {folder.folder} has the files of "
@@ -253,10 +272,11 @@ def _check_saves(optim: Sequence[OptimFile], model: Sequence[ModelFile]) -> None
     first = model[0]
     for other in model[1:]:
         for name in ("global_steps", "global_samples", "skipped_steps"):
-            if other.tree.get(name) != first.tree.get(name):
+            mine, its = count_in(other.tree, name, other.path), count_in(first.tree, name, first.path)
+            if mine != its:
                 raise DamagedSourceError(
-                    f"{other.path} is of another step than {first.path.name} ({name} {other.tree.get(name)} and "
-                    f"{first.tree.get(name)}); copy the whole folder anew."
+                    f"{other.path} is of another step than {first.path.name} ({name} {mine} and {its}); copy the whole "
+                    f"folder anew."
                 )
         if _ordered(other.shapes) != _ordered(first.shapes) or other.frozen != first.frozen:
             raise DamagedSourceError(
@@ -283,7 +303,7 @@ def _check_same_step(file: OptimFile, first: OptimFile) -> None:
                 f"{file.path} has other optimizer states than {first.path.name}; copy the folder anew."
             )
         for kind, value in mine.items():
-            if value != its[kind]:
+            if not rank_state.same(value, its[kind]):
                 raise DamagedSourceError(
                     f"{file.path} is of another step than {first.path.name} ({kind} {_plain(value)} and "
                     f"{_plain(its[kind])}); copy the whole folder anew."
@@ -307,11 +327,20 @@ def _flats(optim: OptimFile, model: ModelFile, world: int) -> list[Flat]:
     counts = [[(fqn, math.prod(size)) for fqn, size in shapes.items()] for shapes in model.shapes]
     if optim.stage == 3:
         return [cut_each(group, world) for group in counts]
-    gaps = optim.zero.get("param_alignment_paddings") or [()] * len(counts)
-    try:
-        return [cut_whole(group, world, list(padding)) for group, padding in zip(counts, gaps, strict=True)]
-    except (TypeError, ValueError) as error:
-        raise DamagedSourceError(f"{optim.path} has other paddings than parameters ({error}); copy it anew.") from error
+    return [cut_whole(group, world, gaps) for group, gaps in zip(counts, _gaps(optim, counts), strict=True)]
+
+
+def _gaps(optim: OptimFile, counts: Sequence[Counts]) -> list[list[int]]:
+    """Return the padding after each parameter of ZeRO-1 and 2; older versions of DeepSpeed know none."""
+    told = optim.zero.get("param_alignment_paddings")
+    if told is None:
+        return [[0] * len(group) for group in counts]
+    sound = isinstance(told, list) and len(told) == len(counts) and all(isinstance(gaps, list) for gaps in told)
+    for gaps, group in zip(told, counts, strict=True) if sound else ():
+        sound = sound and len(gaps) == len(group) and all(isinstance(n, int) and 0 <= n < 16 for n in gaps)
+    if not sound:
+        raise DamagedSourceError(f"{optim.path} has other paddings than parameters; copy it anew.")
+    return list(told)
 
 
 def _check_lengths(file: OptimFile, flats: Sequence[Flat], rank: int) -> None:

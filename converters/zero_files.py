@@ -68,12 +68,17 @@ def find(path: Path, tag: str | None = None) -> ZeroFolder:
     root = path.parent if _is_checkpoint(path) else path
     name = tag or _latest(root) or _only(root)
     folder = root / name
-    if name in ("", "..") or Path(name).name != name or not folder.is_dir():
+    if not is_name(name) or not folder.is_dir():
         raise ConversionError(
             f"{root} has no checkpoint {name!r}{_named(root, tag)}; it has {', '.join(_tags(root)) or 'none'}: "
             f"give one with --tag."
         )
     return _files(folder, root)
+
+
+def is_name(tag: str) -> bool:
+    """Tell whether a tag is the name of a folder, and no way out of the one around it."""
+    return tag not in ("", "..") and Path(tag).name == tag
 
 
 def _named(root: Path, tag: str | None) -> str:

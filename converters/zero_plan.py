@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from tailor_dcp import rank_state
+
 from .catalog import STEP, Catalog
 from .errors import ConversionError
 from .options import DTYPES, Options
@@ -126,6 +128,7 @@ def plan_of(catalog: Catalog, options: Options, stage: int) -> ZeroPlan:
     """
     zero = zero_of(catalog)
     dtype = options.dtype or _dtype(catalog, zero)
+    world = _world(catalog, zero) if options.world_size is None else options.world_size
     given, frozen, buffers = _roles(catalog, zero)
     groups, notes = _groups(catalog, given)
     trained = [name for group in groups for name in group.names]
@@ -133,12 +136,14 @@ def plan_of(catalog: Catalog, options: Options, stage: int) -> ZeroPlan:
     if not catalog.state and kinds:
         notes += ("The source has no optimizer state, so the optimizer starts at zero: moments 0, step 0.",)
     size = options.sub_group_size
+    if size < 1 or world < 1:
+        raise ConversionError(f"--world-size {world} and --sub-group-size {size} must be at least 1.")
     if size == Options.sub_group_size and isinstance(zero.get("sub_group_size"), int):
         size = zero["sub_group_size"]  # an engine with the source's own configuration will load it
     return ZeroPlan(
         catalog=catalog,
         stage=stage,
-        world=options.world_size or _world(zero),
+        world=world,
         dtype=dtype,
         sub_group_size=size,
         groups=groups,
@@ -147,14 +152,18 @@ def plan_of(catalog: Catalog, options: Options, stage: int) -> ZeroPlan:
         shared=_shared(catalog, trained, buffers),
         kinds=kinds,
         singles=singles,
-        config=_config(zero, options.world_size or _world(zero), stage, size, dtype),
+        config=_config(zero, world, stage, size, dtype),
         notes=notes + _taken_for_frozen(catalog, zero, frozen, stage),
     )
 
 
-def _world(zero: Mapping[str, Any]) -> int:
+def _world(catalog: Catalog, zero: Mapping[str, Any]) -> int:
+    """Return how many ranks the source had: as it says, or as many as it has generators of; else 1."""
     world = zero.get("world_size")
-    return world if isinstance(world, int) and world > 0 else 1
+    if isinstance(world, int) and world > 0:
+        return world
+    rng = catalog.train.get("rng")
+    return max(1, len(rank_state.unpack(rng, "train.rng"))) if isinstance(rng, bytes) and rng else 1
 
 
 def _dtype(catalog: Catalog, zero: Mapping[str, Any]) -> torch.dtype:
@@ -280,7 +289,13 @@ def _kinds(
                     f"{kind} of {name} has the size {tuple(tensor.size)}, not that of its weight, and cannot lie in "
                     f"ZeRO's flat buffers; convert with --weights-only."
                 )
-    return tuple(spread), tuple(kind for kind in single if kind not in spread)
+    both = next((kind for kind in single if kind in spread), None)
+    if both:
+        raise ConversionError(
+            f"{both} has a value for each element of some parameters and a single one of others, which ZeRO cannot "
+            f"keep; convert with --weights-only."
+        )
+    return tuple(spread), tuple(single)
 
 
 # Configuration ------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from .tensors import Given, Readable
 from .torch_file import in_memory
 from .trainer_folder import is_trainer_folder, trainer_train
 from .zero_classes import LossScaler
-from .zero_contents import ZeroContents, read
+from .zero_contents import ZeroContents, count_in, read
 from .zero_files import find, recognise  # noqa: F401 - the entry point of this module
 from .zero_layout import part_of, undealt
 
@@ -166,8 +166,9 @@ def groups_of(contents: ZeroContents) -> Iterator[dict[str, Any]]:
 
 
 def train_of(contents: ZeroContents) -> dict[str, Any]:
-    tree = contents.model[0].tree
-    train: dict[str, Any] = {"step": int(tree.get("global_steps") or 0)}
+    """Return what goes under ``train.``: steps, the scheduler, DeepSpeed's own counters, the client's entries."""
+    tree, path = contents.model[0].tree, contents.model[0].path
+    train: dict[str, Any] = {"step": count_in(tree, "global_steps", path)}
     if tree.get("lr_scheduler") is not None:
         train["scheduler"] = in_memory(tree["lr_scheduler"])
     train["zero"] = _zero(contents)
@@ -181,20 +182,20 @@ def train_of(contents: ZeroContents) -> dict[str, Any]:
 
 def _zero(contents: ZeroContents) -> dict[str, Any]:
     """Return what is DeepSpeed's own, under the names that ``EngineState`` has it under, too."""
-    tree, config = contents.model[0].tree, contents.config
-    scaler = contents.optim[0].zero.get("loss_scaler")
+    tree, path, config = contents.model[0].tree, contents.model[0].path, contents.config
+    scaler, version = contents.optim[0].zero.get("loss_scaler"), tree.get("ds_version")
     values = dict(vars(scaler)) if isinstance(scaler, LossScaler) else {}
     accumulation = config.get("gradient_accumulation_steps")
     batches = accumulation if isinstance(accumulation, int) else 1
     zero = {
-        "global_samples": int(tree.get("global_samples") or 0),
-        "skipped_steps": int(tree.get("skipped_steps") or 0),
-        "micro_steps": int(tree.get("global_steps") or 0) * batches,
+        "global_samples": count_in(tree, "global_samples", path),
+        "skipped_steps": count_in(tree, "skipped_steps", path),
+        "micro_steps": count_in(tree, "global_steps", path) * batches,
         "loss_scale": float(values.pop("cur_scale", 1.0)),
         "stage": contents.stage,
         "world_size": contents.world,
         "dtype": _dtype(contents),
-        "ds_version": str(tree.get("ds_version") or ""),
+        "ds_version": version if isinstance(version, str) else "",
         "ds_config": json.dumps(in_memory(config), default=str),
         "buffers": list(contents.model[0].buffers),
         "frozen": list(frozen_of(contents)),
@@ -204,8 +205,9 @@ def _zero(contents: ZeroContents) -> dict[str, Any]:
         zero |= {name: value for name, value in values.items() if isinstance(value, bool | int | float)}
     if isinstance(contents.optim[0].zero.get("clip_grad"), int | float):
         zero["clip_grad"] = contents.optim[0].zero["clip_grad"]
-    if contents.stage == 3 and isinstance(contents.zero_config.get("sub_group_size"), int | float):
-        zero["sub_group_size"] = int(contents.zero_config["sub_group_size"])
+    size = contents.zero_config.get("sub_group_size")
+    if contents.stage == 3 and isinstance(size, int | float) and 1 <= size < 1 << 60:
+        zero["sub_group_size"] = int(size)
     return {name: in_memory(value) for name, value in zero.items()}
 
 

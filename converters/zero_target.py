@@ -19,7 +19,7 @@ from .tensors import Readable, Zeros, cast
 from .torch_holes import Holes, patch_checksums
 from .trainer_folder import write_trainer_files
 from .zero_classes import STAND_INS, DynamicLossScaler, LossScaler
-from .zero_files import LATEST
+from .zero_files import LATEST, is_name
 from .zero_layout import Flat
 from .zero_plan import Group, ZeroPlan, plan_of
 from .zero_source import CARRIER, TAKEN
@@ -74,7 +74,7 @@ def write_zero(catalog: Catalog, place: Path, options: Options, number: int, sta
     plan = plan_of(catalog, options, number)
     tag = options.tag or f"global_step{plan.step}"
     folder = place / tag
-    if Path(tag).name != tag:
+    if not is_name(tag):
         raise ConversionError(f"--tag {tag} is no name of a folder; give one such as global_step{plan.step}.")
     ranks.together(lambda: folder.mkdir(parents=True) if ranks.rank() == 0 else None)
     uneven: list[str] = []
@@ -115,7 +115,7 @@ def _files(
 
 
 def _about(plan: ZeroPlan, streams: int) -> tuple[str, ...]:
-    said = f"It is for an engine of ZeRO-{plan.stage} at {plan.world} ranks"
+    said = f"It is for an engine of ZeRO-{plan.stage} at {plan.world} rank{'s' if plan.world > 1 else ''}"
     if plan.stage == 3 and streams > len(plan.groups):
         said += f" with sub_group_size {plan.sub_group_size}"
     return (f"{said}; resume with engine.load_checkpoint.",)

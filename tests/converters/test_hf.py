@@ -84,6 +84,19 @@ def test_files_of_a_size_are_divided_as_transformers_does(tmp_path: Path) -> Non
     assert all((tmp_path / "ours" / f).read_bytes() == (tmp_path / "theirs" / f).read_bytes() for f in files)
 
 
+def test_two_processes_share_the_work(saved: Any, tmp_path: Path) -> None:
+    """As under torchrun; what they write is what one writes."""
+    pytest.importorskip("deepspeed")  # which these workers have
+    from tests.support.zero_engines import fleet
+
+    together = "tests.support.universal:convert_together"
+    said = fleet(2).call(together, str(saved("mixtral")), str(tmp_path / "dcp"), "dcp")
+    assert said[0] == said[1]
+    fleet(2).call(together, str(tmp_path / "dcp"), str(tmp_path / "out"), "hf")
+    expected = (saved("mixtral") / "model.safetensors").read_bytes()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == expected
+
+
 def test_another_dtype(saved: Any, tmp_path: Path) -> None:
     """The weights are rounded as torch rounds them, and the configuration says so, in its parts as well."""
     result = there_and_back(saved("mixtral"), tmp_path, dtype=torch.bfloat16)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tailor_dcp.converters.convert import convert
 from tailor_dcp.converters.errors import ConversionError, DamagedSourceError
 from tailor_dcp.converters.options import Options
 from tailor_dcp.converters.zero_source import open_source
 
-from tests.support.zero_samples import edit, sample
+from tailor_dcp.errors import TailorError
+from tests.support.zero_samples import TARGETS, edit, sample
 
 MODEL = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
 OPTIM = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
@@ -278,3 +283,53 @@ def test_a_source_that_ends_while_it_is_read(tmp_path: Path) -> None:
         stream.truncate(2000)
     with pytest.raises(DamagedSourceError, match="ends before"):
         catalog.weights["big"].whole()
+
+
+JUNK = (None, "x", -1, 10**30, 0.5, [], {}, [[]], {"x": []}, torch.zeros(2, 2), torch.tensor(3), ("a", 1), True)
+
+
+def _places(tree: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the way to every value in nested containers."""
+    inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in inner:
+        yield (*way, key)
+        yield from _places(value, (*way, key))
+
+
+def _replaced(tree: Any, way: tuple[Any, ...], junk: Any) -> None:
+    for key in way[:-1]:
+        tree = tree[key]
+    tree[way[-1]] = junk
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """A checkpoint of each stage, to be copied."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {stage: sample(folder / str(stage), stage).parent for stage in (3, 2, 1)}
+
+
+@given(st.sampled_from([3, 2, 1]), st.integers(0, 10**6), st.integers(0, 10**6), st.sampled_from(JUNK), st.booleans())
+def test_any_value_may_be_anything(
+    runs: dict[int, Path], stage: int, file: int, place: int, junk: Any, everywhere: bool
+) -> None:
+    """It is read, or refused in one sentence; never a traceback from inside."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = shutil.copytree(runs[stage], Path(folder) / "run")
+        files = sorted((run / "global_step5").iterdir())
+        chosen = files[file % len(files)]
+        kind = chosen.name[-15:]
+
+        def change(tree: dict[str, Any]) -> None:
+            ways = list(_places(tree))
+            _replaced(tree, ways[place % len(ways)], junk)
+
+        for path in [p for p in files if p.name.endswith(kind)] if everywhere else [chosen]:
+            edit(path, change)
+        try:
+            catalog = open_source(run, Options())
+            for tensor in catalog.tensors.values():
+                assert tensor.whole().shape == tensor.size
+            TARGETS[3].write(catalog, Path(folder) / "out", Path(folder) / "out", Options())
+        except TailorError as error:
+            assert "\n" not in str(error)

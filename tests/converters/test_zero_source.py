@@ -101,12 +101,15 @@ def test_aligned_parameters(tmp_path: Path, stage: int, family: str) -> None:
 def test_bf16_optimizer(tmp_path: Path, world: int) -> None:
     """What DeepSpeed takes for ZeRO-1 in bf16 with fp32 gradients; its own zero_to_fp32 cannot read it."""
     setup = Setup(1, world, family="odd", groups=2, accumulate="fp32")
-    live = _train(setup, tmp_path)
-    catalog = open_source(tmp_path, Options())
+    trained = setup.call("train_and_save", str(tmp_path / "run"))[0]
+    live = trained["saved"]
+    catalog = open_source(tmp_path / "run", Options())
     for name, weight in live["weights"].items():
         assert np.array_equal(catalog.weights[name].whole().numpy(), weight), name
         assert np.array_equal(catalog.state[name]["exp_avg"].whole().numpy(), live["exp_avg"][name])
     assert len(live["weights"]) == 7 and catalog.weights["frozen"].dtype == torch.bfloat16
+    convert(tmp_path / "run", tmp_path / "back", "zero1")
+    assert setup.call("load_and_train", str(tmp_path / "back"))[0]["losses"] == trained["losses"]
 
 
 @pytest.mark.parametrize("stage", [3, 2])

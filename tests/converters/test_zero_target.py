@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -113,6 +115,15 @@ def test_weights_only(stage: int, tmp_path: Path) -> None:
     assert set(found["saved"]["steps"]) == {0.0} and set(found["after"]["steps"]) == {2.0}
 
 
+@pytest.mark.parametrize("setup", [Setup(3, 2, family="odd"), Setup(2, 4, family="gpt2", round_robin=True)])
+def test_deepspeeds_own_converter_reads_it(setup: Setup, tmp_path: Path) -> None:
+    """zero_to_fp32 finds the same in what it is converted to as in what DeepSpeed saved."""
+    setup.call("train_and_save", str(tmp_path / "run"), further=0)
+    convert(tmp_path / "run", tmp_path / "out", f"zero{setup.stage}", "zero")
+    expected, found = (setup.call("consolidated", str(tmp_path / name))[0] for name in ("run", "out"))
+    check_same({"weights": found}, {"weights": expected})
+
+
 def test_deepspeeds_classes(tmp_path: Path) -> None:
     """Are its own where it is installed; here they are stand-ins under its names."""
     for stage, member in ((3, "weights"), (2, "gradients"), (1, "optimizer_states")):
@@ -120,12 +131,10 @@ def test_deepspeeds_classes(tmp_path: Path) -> None:
         path = folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
         found = Setup(3, 1).call("classes_in", str(path))[0]
         assert found["zero_stage"].startswith("deepspeed.runtime.zero.config.ZeroStageEnum ")
-        assert member in found["zero_stage"]
+        assert f"'_name_': '{member}'" in found["zero_stage"]
         assert found["loss_scaler"].startswith("deepspeed.runtime.fp16.loss_scaler.LossScaler")
         if stage < 3:
-            assert found["fragment"].startswith(
-                "deepspeed.utils.tensor_fragment.fragment_address fragment_address(numel="
-            )
+            assert found["fragment"].startswith("deepspeed.utils.tensor_fragment.fragment_address {'numel':")
 
 
 def test_a_loss_scale_that_adapts(tmp_path: Path) -> None:
@@ -133,7 +142,7 @@ def test_a_loss_scale_that_adapts(tmp_path: Path) -> None:
     folder = sample(tmp_path / "run", 2, dtype=torch.float16)
     name = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
     found = Setup(3, 1).call("classes_in", str(folder / name))[0]
-    assert found["loss_scaler"].startswith("deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler")
+    assert found["loss_scaler"].startswith("deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler {'cur_scale': 65536.0")
     zero = open_source(tmp_path / "run", Options()).train["zero"]
     assert (zero["loss_scale"], zero["last_overflow_iter"], zero["dtype"]) == (2.0**16, -1, "fp16")
     train = {**catalog().train, "zero": {**zero, "loss_scale": 8.0, "cur_iter": 7}}
@@ -204,7 +213,7 @@ def test_states_of_some_parameters_only(tmp_path: Path) -> None:
 def test_narrow_weights_and_moments_become_fp32(tmp_path: Path) -> None:
     """As a composite may hold them; every value stays."""
     first = catalog()
-    weights = {n: Given(t.whole().bfloat16()) if n != "steps" else t for n, t in first.stored.items()}
+    weights = {n: Given(t.whole().bfloat16()) if n != "table" else t for n, t in first.stored.items()}
     states = {n: {k: Given(t.whole().bfloat16()) for k, t in held.items()} for n, held in first.state.items()}
     TARGETS[3].write(
         replace(first, weights=weights, state=states), tmp_path / "r", tmp_path / "r", Options(world_size=2)
@@ -230,6 +239,22 @@ def test_what_cannot_be_written(changes: dict[str, Any], words: str, tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("options", [Options(world_size=0), Options(sub_group_size=0)])
+def test_numbers_that_make_no_sense(options: Options, tmp_path: Path) -> None:
+    """Are refused before anything is written."""
+    with pytest.raises(ConversionError, match="must be at least 1"):
+        TARGETS[3].write(catalog(), tmp_path / "run", tmp_path / "run", options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_state_that_is_two_things(tmp_path: Path) -> None:
+    """A moment of one parameter, a single number of another."""
+    states = {name: dict(kinds) for name, kinds in catalog().state.items()}
+    states["big"]["exp_avg"] = Given(torch.tensor(3.0))
+    with pytest.raises(ConversionError, match="exp_avg has a value for each element of some parameters"):
+        TARGETS[3].write(catalog(state=states), tmp_path / "run", tmp_path / "run", Options())
+
+
 @pytest.mark.parametrize("tag", ["../x", "a/b", ".."])
 def test_a_tag_that_is_no_name(tag: str, tmp_path: Path) -> None:
     """It would be written elsewhere."""
@@ -245,7 +270,23 @@ def test_what_is_neither_trained_nor_known(tmp_path: Path) -> None:
     notes = TARGETS[3].write(replace(first, weights=more), tmp_path / "run", tmp_path / "run", Options())
     assert any("frozen are not trained" in note for note in notes)
     again = open_source(tmp_path / "run", Options())
-    assert again.buffers == {"steps", "norm.running_mean"} and again.frozen == {"frozen"}
+    assert again.buffers == {"table", "norm.running_mean"} and again.frozen == {"frozen"}
+
+
+@pytest.mark.parametrize("limit", [3_000, 30_000])
+def test_a_disk_that_fills_up(limit: int, tmp_path: Path) -> None:
+    """One clear error and no result, where the file is made and where it is filled."""
+    sample(tmp_path / "run")
+    script = (
+        "import resource; from tailor_dcp.converters.convert import convert\n"
+        "from tailor_dcp.converters.errors import ConversionError\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        f"try: convert({str(tmp_path / 'run')!r}, {str(tmp_path / 'out')!r}, 'zero3')\n"
+        "except ConversionError as error: print(error)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert "cannot be written" in said and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.parametrize("to", ["dcp", "zero3", "zero2"])

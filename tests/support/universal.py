@@ -63,3 +63,10 @@ def to_universal(group: Any, setup: dict[str, Any], source: str, target: str) ->
     )  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         ds_to_universal.main(told)
+
+
+def convert_together(group: Any, source: str, target: str, to: str) -> list[str]:
+    """Convert with all workers as the ranks that share the work, from whatever it is; return what was said."""
+    from tailor_dcp.converters.convert import convert
+
+    return list(convert(source, target, to).notes)

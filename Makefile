@@ -9,16 +9,20 @@ export OMP_NUM_THREADS ?= 1
 export DS_ACCELERATOR ?= cpu
 export DS_BUILD_OPS ?= 0
 
-.PHONY: demo test test-long lint format bench clean
+.PHONY: demo test test-long test-zero-grid lint format bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/train_fsdp.py
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile
 
 test-long: $(VENV)/.test
 	TAILOR_TEST_LONG=1 $(BIN)/python -m pytest
+
+# Every combination of stage, ranks, dtype, param groups and family against real DeepSpeed.
+test-zero-grid: $(VENV)/.test
+	$(BIN)/python -m tests.converters.zero_grid
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

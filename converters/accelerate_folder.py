@@ -39,4 +39,4 @@ def files_of(folder: Path) -> dict[str, Path]:
 def write_scheduler(catalog: Catalog, folder: Path) -> None:
     """Write the scheduler as ``Accelerator.load_state`` reads it."""
     if "scheduler" in catalog.train:
-        torch.save(whole_scheduler(catalog), folder / _SCHEDULER)
+        torch.save(whole_scheduler(catalog.train["scheduler"]), folder / _SCHEDULER)

@@ -44,9 +44,7 @@ def convert(
     weights_only: Annotated[bool, typer.Option("--weights-only", help="Leave out optimizer and progress.")] = False,
     layers: Annotated[str | None, typer.Option(help="Only the layers of this glob, e.g. 'model.layers.[0-3]'.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Weights in fp32, bf16 or fp16; the source's by default.")] = None,
-    tag: Annotated[
-        str | None, typer.Option(help="Which checkpoint of a DeepSpeed folder.")
-    ] = None,
+    tag: Annotated[str | None, typer.Option(help="Which checkpoint of a DeepSpeed folder.")] = None,
     allow: Annotated[list[str] | None, typer.Option(help="A class, as module.Class, that may be unpickled.")] = None,
     world_size: Annotated[int | None, typer.Option(min=1, help="Ranks to write a ZeRO checkpoint for.")] = None,
     sub_group_size: Annotated[int, typer.Option(min=1, help="ZeRO-3's, as in the engine that will load it.")] = 10**9,

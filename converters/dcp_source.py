@@ -13,21 +13,19 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from tailor_dcp.base import open_base
 from tailor_dcp.companions import files_of
 from tailor_dcp.contents import Contents
-from tailor_dcp.layers import LayerMap
 from tailor_dcp.layers import Path as KeyPath
 from tailor_dcp.location import METADATA
-from tailor_dcp.metadata.compose import unstored
+from tailor_dcp.metadata.compose import shape_of, unstored
 from tailor_dcp.open_checkpoint import Checkpoint
 from tailor_dcp.rank_state import NUMPY_CLASSES
-from tailor_dcp.units import WEIGHT
 
 from . import accelerate_folder
 from .catalog import Catalog
 from .chunked import Chunk, Chunked
 from .errors import ConversionError, DamagedSourceError
-from .key_layouts import groups_of, is_group, train_of, with_lists
 from .options import Options
-from .tensors import Given, Readable
+from .sorting import sort
+from .tensors import Readable
 from .torch_file import imported
 
 _MEGATRON = "common.pt"
@@ -82,30 +80,18 @@ def _open(path: Path, options: Options, files: dict[str, Path]) -> Catalog:
     contents.check_files((index.fqn, info) for index, info in contents.base.metadata.storage_data.items())
     paths: dict[str, KeyPath] = {key: (contents.base.metadata.planner_data or {}).get(key, (key,)) for key in stored}
     tensors = {key for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
-    entries = LayerMap().classify(paths, tensors)
-    weights: dict[str, Readable] = {}
-    state: dict[str, dict[str, Readable]] = {}
     checkpoint = Checkpoint(contents)
-    values = _Values(checkpoint, options)
+    leaders = _leaders(contents)
     known: dict[Places, Readable] = {}
-    for key, entry in entries.items():
-        readable = _tensor(contents, checkpoint, key, known) if key in tensors else _number(values[key])
-        if entry.unit.kind == WEIGHT:
-            weights[entry.fqn] = readable
-        else:
-            state.setdefault(entry.fqn, {})[entry.unit.kind] = readable
-    rest = [(paths[key], values[key]) for key in stored if key not in entries]
-    tied = _tied(contents, weights, {entry.fqn: key for key, entry in entries.items() if entry.unit.kind == WEIGHT})
-    train = train_of((where, value) for where, value in rest if not is_group(where))
-    return Catalog(
-        source=path,
-        format="dcp",
-        weights=tied,
-        state=state,
-        groups=tuple(with_lists(group) for group in groups_of((w, v) for w, v in rest if is_group(w))),
-        train={name: with_lists(value) for name, value in train.items() if name != "token"},
-        files=files,
+    catalog = sort(
+        path,
+        "dcp",
+        paths,
+        tensors,
+        lambda key: _tensor(contents, checkpoint, leaders.get(key, key), known),
+        _Values(checkpoint, options).__getitem__,
     )
+    return replace(catalog, files=files)
 
 
 class _Values:
@@ -120,19 +106,14 @@ class _Values:
             return self._checkpoint[key]
 
 
-def _number(value: Any) -> Readable:
-    """Return a state that is no tensor, such as a step that an optimizer counts as a plain number, as one."""
-    return Given(value if isinstance(value, torch.Tensor) else torch.tensor(float(value)))
-
-
-def _tied(contents: Contents, weights: dict[str, Readable], keys: dict[str, str]) -> dict[str, Readable]:
-    """Give the names of a tied weight one and the same tensor: those that the record knows of."""
-    name = {key: fqn for fqn, key in keys.items()}
-    made = dict(weights)
-    for tie in contents.base.record.ties if contents.base.record else ():
-        first, *others = [name[key] for key in tie if key in name] or [""]
-        made |= {other: made[first] for other in others if made[other].size == made[first].size}
-    return made
+def _leaders(contents: Contents) -> dict[str, str]:
+    """Return, for each other name of a tied tensor that the record knows of, the first one."""
+    stored = contents.base.metadata.state_dict_metadata
+    ties = contents.base.record.ties if contents.base.record else ()
+    present = [[key for key in tie if key in stored] for tie in ties]
+    return {
+        other: tie[0] for tie in present for other in tie[1:] if shape_of(stored[other]) == shape_of(stored[tie[0]])
+    }
 
 
 Places = tuple[tuple[Path, int], ...]

@@ -6,10 +6,10 @@ import io
 import math
 import os
 import threading
-import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ from torch.futures import Future
 from tailor_dcp.carry import sync_folder
 from tailor_dcp.companions import give_files, put_files
 from tailor_dcp.coordination import RankInfo
-from tailor_dcp.crc import combine
+from tailor_dcp.crc import combine, crc32
 from tailor_dcp.errors import TailorError
 from tailor_dcp.frames import frame
 from tailor_dcp.location import locate
@@ -154,7 +154,7 @@ class _StreamingWriter(LayerwiseWriter):
                 for item, data in blobs:
                     stream.write(data)
                     info = _StorageInfo(name, offset, len(data))
-                    results.append(CheckedResult(item.index, len(data), info, zlib.crc32(data)))
+                    results.append(CheckedResult(item.index, len(data), info, crc32(data)))
                     offset += len(data)
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -198,18 +198,18 @@ class _StreamingWriter(LayerwiseWriter):
             data = _saved(blob.tensor.read(blob.start, blob.start + count).reshape(blob.shape))
             write_at(target, memoryview(data), blob.offset, path)
             self._progress(count * blob.tensor.dtype.itemsize)
-            return zlib.crc32(data)
+            return crc32(data)
         before, _ = frame(blob.shape, blob.tensor.dtype, 0)
         stretch = Stretch(path, blob.offset + len(before), blob.tensor, blob.start, blob.start + count)
         crc = 0
         for offset, window in windows(stretch):
-            crc = zlib.crc32(window, crc)
+            crc = crc32(window, crc)
             write_at(target, window, offset, path)
             self._progress(len(window))
         before, after = frame(blob.shape, blob.tensor.dtype, crc)
         write_at(target, memoryview(before), blob.offset, path)
         write_at(target, memoryview(after), stretch.offset + stretch.bytes, path)
-        return combine(combine(zlib.crc32(before), crc, stretch.bytes), zlib.crc32(after), len(after))
+        return combine(combine(crc32(before), crc, stretch.bytes), crc32(after), len(after))
 
 
 def _laid_out(items: Sequence[WriteItem], state: dict[str, Any], prefix: str) -> list[_Blob]:
@@ -246,6 +246,7 @@ def _bytes(same: Sequence[WriteItem]) -> int:
     return math.prod(data.chunk.sizes) * data.properties.dtype.itemsize if data else 0
 
 
+@lru_cache(maxsize=4096)
 def _length(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     """Return the bytes of a chunk's archive."""
     count = math.prod(shape) * dtype.itemsize

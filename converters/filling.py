@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tailor_dcp.crc import combine
+from tailor_dcp.crc import combine, crc32
 
 from . import ranks
 from .errors import ConversionError
@@ -118,17 +117,27 @@ def _write(targets: _Targets, part: _Part, progress: Progress) -> tuple[int, int
     target = targets.open(stretch.file)
     crc = 0
     for offset, data in windows(stretch):
-        crc = zlib.crc32(data, crc)
+        crc = crc32(data, crc)
         write_at(target, data, offset, stretch.file)
         progress(len(data))
     return number, index, crc, stretch.bytes
+
+
+class _Scratch(threading.local):
+    """Each thread's window. Fresh memory for every stretch would cost as much as reading into it."""
+
+    def __init__(self) -> None:
+        self.window = torch.empty(WINDOW, dtype=torch.uint8)
+
+
+_scratch = _Scratch()
 
 
 def windows(stretch: Stretch) -> Iterable[tuple[int, memoryview]]:
     """Yield a stretch's bytes a window at a time, each with its place; a window is overwritten by the next."""
     width = stretch.tensor.dtype.itemsize
     step = max(1, WINDOW // width)
-    buffer = torch.empty(min(step, stretch.stop - stretch.start), dtype=stretch.tensor.dtype)
+    buffer = _scratch.window.view(stretch.tensor.dtype)
     for start in range(stretch.start, stretch.stop, step):
         window = buffer[: min(step, stretch.stop - start)]
         stretch.tensor.read_into(window, start)

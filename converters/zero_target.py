@@ -14,6 +14,7 @@ from .catalog import STEP, Catalog
 from .errors import ConversionError
 from .filling import Stretch, fill
 from .options import Options
+from .schedulers import whole_scheduler
 from .streams import Part, stream
 from .tensors import Readable, Zeros, cast
 from .torch_holes import Holes, patch_checksums
@@ -141,7 +142,7 @@ def model_tree(plan: ZeroPlan, own: Mapping[str, Any]) -> dict[str, Any]:
         "frozen_param_shapes": None,
         "shared_params": dict(plan.shared),
         "frozen_param_fragments": None,
-        "lr_scheduler": plan.catalog.train.get("scheduler"),
+        "lr_scheduler": whole_scheduler(plan.catalog.train.get("scheduler")),
         "data_sampler": zero.get("data_sampler"),
         "random_ltd": zero.get("random_ltd"),
         "skipped_steps": int(zero.get("skipped_steps", 0)),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from tailor_dcp.base import Base
+from tailor_dcp.crc import crc32
 from tailor_dcp.errors import TailorError
 from tailor_dcp.ranges import Advance, SourceError, copy_range, pieces, write_all
 
@@ -83,7 +83,7 @@ class BlobCopier:
         name, offset, length = stretch
         crc = 0
         for piece in pieces(source, offset, length):
-            crc = zlib.crc32(piece, crc)
+            crc = crc32(piece, crc)
             write_all(self._target, piece)
             self.advance(len(piece))
         if known is not None and crc != known:

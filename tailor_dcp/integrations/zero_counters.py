@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tailor_dcp.integrations.zero_model import clean, persistent_buffers
+
 _COUNTERS = ("global_samples", "skipped_steps", "micro_steps")
 # Of a loss scaler that adapts; others have nothing but the scale.
 _SCALER = ("cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -22,10 +24,10 @@ class EngineCounters:
         """Return what is saved."""
         engine = self._engine
         scaler = engine.optimizer.loss_scaler
-        zero: dict[str, float] = {name: int(getattr(engine, name)) for name in _COUNTERS}
+        zero: dict[str, Any] = {name: int(getattr(engine, name)) for name in _COUNTERS}
         zero |= {"loss_scale": float(scaler.cur_scale)}
         zero |= {name: int(getattr(scaler, name)) for name in _SCALER if scaler.dynamic and hasattr(scaler, name)}
-        return {"step": int(engine.global_steps), "zero": zero}
+        return {"step": int(engine.global_steps), "zero": {**zero, **_described(engine)}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what there is of it."""
@@ -42,3 +44,15 @@ class EngineCounters:
             scaler.cur_scale = float(zero["loss_scale"])
             for name in [name for name in _SCALER if name in zero and hasattr(scaler, name)]:
                 setattr(scaler, name, int(zero[name]))
+
+
+def _described(engine: Any) -> dict[str, Any]:
+    """Return what converters to DeepSpeed's own files cannot tell from tensors; no load takes it over."""
+    module = engine.module
+    return {
+        "stage": int(engine.zero_optimization_stage()),
+        "world_size": int(engine.dp_world_size),
+        "dtype": "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32",
+        "buffers": [clean(name) for name, _ in persistent_buffers(module)],
+        "frozen": [clean(name) for name, parameter in module.named_parameters() if not parameter.requires_grad],
+    }

@@ -30,7 +30,7 @@ class EngineModel:
         for name, parameter in module.named_parameters(remove_duplicate=False):
             piece = layout.pieces.get(parameter)
             state[clean(name)] = piece.within(layout.flats[piece.flat]) if piece else layout.frozen(parameter)
-        state.update((clean(name), buffer.detach()) for name, buffer in _persistent_buffers(module))
+        state.update((clean(name), buffer.detach()) for name, buffer in persistent_buffers(module))
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -48,7 +48,8 @@ def names(module: torch.nn.Module) -> dict[Tensor, str]:
     return {parameter: clean(name) for name, parameter in module.named_parameters()}
 
 
-def _persistent_buffers(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+def persistent_buffers(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers that belong into a checkpoint, by name."""
     for prefix, owner in module.named_modules(remove_duplicate=False):
         for name, buffer in owner.named_buffers(recurse=False):
             if name not in owner._non_persistent_buffers_set:

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+
 from tailor_dcp.converters import ConversionError, Options, convert
 from tailor_dcp.converters.cli import main
-
 from tests.support.forks import killed_at
 from tests.support.world import Model, Param, flat, load, state
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from tailor_dcp.converters import ConversionError, Options, convert
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from tailor_dcp import LayerwisePlanner, inspect, materialize
+from tailor_dcp.converters import ConversionError, Options, convert
 from tailor_dcp.errors import TailorError
 from tests.support.fleet import Fleet
 from tests.support.meshes import DENSE

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tailor_dcp.converters.errors import ConversionError
 from tailor_dcp.converters.lazy_tensors import LazyTensor, lazy
 from tailor_dcp.converters.tensors import Given

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+
 from tailor_dcp.converters.errors import ConversionError, DamagedSourceError
 from tailor_dcp.converters.filling import fill, make_file, whole
 from tailor_dcp.converters.safetensors_file import layout_of, open_safetensors, shards_of

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tailor_dcp.converters import DamagedSourceError
 from tailor_dcp.converters.streams import Part, stream
 from tailor_dcp.converters.tensors import Cast, Given, Piece, Readable, Stored, Zeros, cast, close_files

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from tailor_dcp.converters import ConversionError, DamagedSourceError, Options, convert
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from tailor_dcp import LayerwisePlanner
+from tailor_dcp.converters import ConversionError, DamagedSourceError, Options, convert
 from tests.support.world import Model, Param, flat, load, save, state
 
 MODEL = Model((Param("model.layers.0.w", (4, 3)), Param("model.layers.1.w", (5,)), Param("lm_head.w", (2, 2))))

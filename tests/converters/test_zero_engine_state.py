@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tailor_dcp.converters.convert import convert
 from tailor_dcp.converters.options import Options
-
 from tests.support.zero_cases import check_same
 from tests.support.zero_engines import Setup
 

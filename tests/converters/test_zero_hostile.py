@@ -14,11 +14,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tailor_dcp.converters.convert import convert
 from tailor_dcp.converters.errors import ConversionError, DamagedSourceError
 from tailor_dcp.converters.options import Options
 from tailor_dcp.converters.zero_source import open_source
-
 from tailor_dcp.errors import TailorError
 from tests.support.zero_samples import TARGETS, edit, sample
 

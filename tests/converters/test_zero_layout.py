@@ -6,6 +6,7 @@ import math
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tailor_dcp.converters.zero_layout import (
     Flat,
     cut_each,

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from tailor_dcp import rank_state
 from tailor_dcp.converters.convert import convert
 from tailor_dcp.converters.errors import ConversionError
 from tailor_dcp.converters.options import Options
 from tailor_dcp.converters.tensors import Given
 from tailor_dcp.converters.zero_source import open_source
-
-from tailor_dcp import rank_state
 from tests.support.zero_cases import check_same
 from tests.support.zero_engines import Setup
 from tests.support.zero_samples import TARGETS, catalog, sample

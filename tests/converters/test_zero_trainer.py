@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tailor_dcp.converters.convert import convert
 from tailor_dcp.converters.options import Options
 from tailor_dcp.converters.zero_source import open_source

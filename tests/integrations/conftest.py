@@ -1,4 +1,4 @@
-"""Workers with DeepSpeed: a fleet for each world size."""
+"""Workers with DeepSpeed: a fleet for each world size, shared with the converters' tests."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.support.zero_engines import close_fleets, fleet
 from tests.support.zero_fleet import ZeroFleet
 
 Fleets = Callable[[int], ZeroFleet]
@@ -14,17 +15,8 @@ Fleets = Callable[[int], ZeroFleet]
 @pytest.fixture(scope="session")
 def zero_fleets() -> Iterator[Fleets]:
     """Fleets by world size, started when they are first asked for and after a failure that they did not survive."""
-    started: dict[int, ZeroFleet] = {}
-
-    def of(size: int) -> ZeroFleet:
-        if size not in started or not started[size].alive:
-            started[size] = ZeroFleet(size)
-        return started[size]
-
-    yield of
-    for workers in started.values():
-        if workers.alive:
-            workers.close()
+    yield fleet
+    close_fleets()
 
 
 @pytest.fixture

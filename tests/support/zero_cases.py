@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from tailor_dcp.converters.convert import convert
 from tailor_dcp.converters.options import Options
 from tailor_dcp.converters.zero_source import open_source
-
 from tests.support.zero_engines import Setup
 
 STAGES, WORLDS, DTYPES, GROUPS = (3, 2, 1), (1, 2, 4), ("bf16", "fp32"), (1, 2)

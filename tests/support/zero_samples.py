@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from tailor_dcp.converters import zero1_target, zero2_target, zero3_target
 from tailor_dcp.converters.catalog import Catalog
 from tailor_dcp.converters.options import Options

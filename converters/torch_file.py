@@ -11,11 +11,12 @@ import importlib
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from tailor_dcp.rank_state import NUMPY_CLASSES
 
@@ -25,6 +26,8 @@ from .tensors import Given, Piece, Readable, Stored
 _CLASS = re.compile(r"(?:GLOBAL|Unsupported (?:class|global):?) (?:GLOBAL )?([\w.]+)")
 _SMALL = 1 << 12
 """Bytes up to which a tensor is simply kept in memory."""
+_VALUE = 1 << 20
+"""Bytes up to which a tensor may be somebody's value, such as a generator's state, and not a weight."""
 _LOCAL_HEADER = 30
 
 
@@ -51,12 +54,13 @@ class TorchFile:
         self.path = path
         self._base: int | None = None
         self._records: dict[int, int] = {}
+        self._read_from: dict[int, int] = {}
         admitted: list[Any] = [(cls, name) for name, cls in (stand_ins or {}).items()]
         admitted += [imported(name) for name in allow] + NUMPY_CLASSES
         self._mapped = _is_archive(path)
         try:
             with torch.serialization.safe_globals(admitted):
-                self.tree: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=self._mapped or None)
+                self.tree: Any = self._load()
         except pickle.UnpicklingError as error:
             raise self._refused(error) from error
         except OSError as error:
@@ -67,7 +71,20 @@ class TorchFile:
             raise self._damaged(_first_line(error)) from error
         if self._mapped:
             self._records = _records(path)
-            self._base = self._find_base()
+            try:
+                self._base = self._find_base()
+            except RecursionError as error:
+                raise self._damaged("it is nested without end") from error
+
+    def _load(self) -> Any:
+        try:
+            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mapped or None)
+        except RuntimeError as error:
+            # torch maps files so that they could be written to, which takes as much memory as could be needed for it.
+            if "unable to mmap" not in str(error):
+                raise
+        with FakeTensorMode():
+            return torch.load(self.path, map_location="cpu", weights_only=True)
 
     def stored(self, tensor: torch.Tensor) -> Readable:
         """Return where a tensor of the tree lies in the file; small and odd ones are copied instead.
@@ -75,18 +92,23 @@ class TorchFile:
         Raises:
             DamagedSourceError: it does not lie in one of the file's records.
         """
-        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter, FakeTensor) and tensor.layout is torch.strided
         if not plain:
             raise ConversionError(
                 f"{self.path} holds a {type(tensor).__name__} of layout {tensor.layout}, which cannot be converted; "
                 f"save plain tensors instead."
             )
+        if isinstance(tensor, FakeTensor) and tensor.is_contiguous():
+            return self._at(tensor)
         tensor = tensor.detach()
         if self._base is None or tensor.numel() * tensor.itemsize <= _SMALL or not tensor.is_contiguous():
             return Given(tensor.clone(memory_format=torch.contiguous_format))
+        return self._at(tensor)
+
+    def _at(self, tensor: torch.Tensor) -> Stored:
         place = self.offset(tensor)
-        assert place is not None
-        return Stored(tensor.shape, tensor.dtype, (Piece(self.path, place, 0, tensor.numel()),))
+        pieces = () if place is None else (Piece(self.path, place, 0, tensor.numel()),)
+        return Stored(tensor.shape, tensor.dtype, pieces)
 
     def offset(self, tensor: torch.Tensor) -> int | None:
         """Return where in the file a tensor of the tree starts; None if it has no elements.
@@ -94,16 +116,21 @@ class TorchFile:
         Raises:
             DamagedSourceError: it does not lie in one of the file's records.
         """
+        if id(tensor) in self._read_from:
+            return self._read_from[id(tensor)]
         storage = tensor.untyped_storage()
-        if self._base is None or not storage.nbytes():
+        if not storage.nbytes() or (self._base is None and not isinstance(tensor, FakeTensor)):
             return None
-        offset = storage.data_ptr() - self._base
+        offset: int = _offset_told(storage) if self._base is None else storage.data_ptr() - self._base
         if self._records.get(offset, -1) < storage.nbytes():
             raise self._damaged("a tensor lies outside of its records")
         return offset + int(tensor.storage_offset()) * tensor.itemsize
 
     def _find_base(self) -> int | None:
         """Return the address of the file's first byte, given that every record is some tensor's memory."""
+        if any(isinstance(tensor, FakeTensor) for tensor in tensors_of(self.tree)):
+            self.tree = self._with_values(self.tree)
+            return None
         starts = {t.untyped_storage().data_ptr() for t in tensors_of(self.tree) if t.untyped_storage().nbytes()}
         starts.discard(0)
         offsets = [offset for offset, length in self._records.items() if length]
@@ -113,6 +140,20 @@ class TorchFile:
         if any(start - base not in self._records for start in starts):
             raise self._damaged("its records are not those that its tensors use")
         return base
+
+    def _with_values(self, tree: Any) -> Any:
+        """Return nested containers in which small tensors that were not read are, as others ask for their values."""
+        if isinstance(tree, FakeTensor):
+            if tree.numel() * tree.itemsize > _VALUE or not tree.is_contiguous():
+                return tree
+            offset, value = self.offset(tree), self._at(tree).whole()
+            if offset is not None:
+                self._read_from[id(value)] = offset
+            return value
+        if isinstance(tree, MutableMapping):
+            tree.update({key: self._with_values(value) for key, value in tree.items()})
+            return tree
+        return type(tree)(map(self._with_values, tree)) if type(tree) in (list, tuple) else tree
 
     def _refused(self, error: Exception) -> ConversionError:
         unknown = _CLASS.search(str(error))
@@ -126,6 +167,12 @@ class TorchFile:
 
     def _damaged(self, why: str) -> DamagedSourceError:
         return DamagedSourceError(f"{self.path} is damaged, or no torch.save file ({why.rstrip('.')}); copy it anew.")
+
+
+def _offset_told(storage: Any) -> int:
+    """Return where torch.load says that a storage lies which it did not read."""
+    told: int = storage._checkpoint_offset
+    return told
 
 
 def tensors_of(tree: Any) -> Iterator[torch.Tensor]:

@@ -7,10 +7,12 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import skip_data
 
 from . import ranks
@@ -20,6 +22,8 @@ from .tensors import Given, Readable
 from .torch_file import TorchFile
 from .zero_classes import pickle_by_name
 
+_RESERVED = 1 << 30
+"""Bytes; more are not even asked for, as a system may refuse what is larger than its memory."""
 _CENTRAL = struct.Struct("<4s12xLLLHHH8xL")  # signature, CRC, sizes, lengths of name, extra, comment, header's offset
 _CRC_IN_CENTRAL = 16
 _DESCRIPTOR = b"PK\x07\x08"
@@ -35,7 +39,8 @@ class Holes:
     def make(self, tensor: Readable) -> torch.Tensor:
         """Return memory of a tensor's shape that is never touched, so never taken; tied names share it."""
         if id(tensor) not in self._stand_ins:
-            made = torch.empty(tensor.size, dtype=tensor.dtype)
+            with FakeTensorMode() if tensor.bytes > _RESERVED else nullcontext():
+                made = torch.empty(tensor.size, dtype=tensor.dtype)
             self._stand_ins[id(tensor)] = made
             self._readables[id(made)] = tensor
         return self._stand_ins[id(tensor)]
@@ -70,7 +75,7 @@ class Holes:
 def _save(tree: Any, path: Path, stand_ins: Mapping[str, type]) -> None:
     module = pickle_by_name(stand_ins) if stand_ins else pickle
     try:
-        with skip_data(), path.open("xb") as stream:
+        with skip_data(materialize_fake_tensors=True), path.open("xb") as stream:
             torch.save(tree, stream, pickle_module=module)
     except (OSError, RuntimeError) as error:
         raise ConversionError(f"{path} cannot be written: {str(error).splitlines()[0]}.") from error

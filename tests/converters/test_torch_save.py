@@ -16,6 +16,10 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from tailor_dcp import LayerwisePlanner
 from tailor_dcp.converters import ConversionError, DamagedSourceError, Options, convert
+from tailor_dcp.converters.filling import fill
+from tailor_dcp.converters.tensors import Zeros
+from tailor_dcp.converters.torch_holes import Holes
+from tailor_dcp.converters.torch_source import open_source
 from tests.support.world import Model, Param, flat, load, save, state
 
 MODEL = Model((Param("model.layers.0.w", (4, 3)), Param("model.layers.1.w", (5,)), Param("lm_head.w", (2, 2))))
@@ -198,3 +202,21 @@ def test_a_trusted_class_is_admitted_by_name(tmp_path: Path) -> None:
         convert(tmp_path / "a.pt", tmp_path / "out.pt", "torch")
     convert(tmp_path / "a.pt", tmp_path / "out", "dcp", options=Options(allow=(f"{__name__}.Harmless",)))
     assert (tmp_path / "out" / ".metadata").exists()
+
+
+def test_files_larger_than_memory(tmp_path: Path) -> None:
+    """Half a terabyte of zeros, on no disk block: made with room for its tensors, and opened with nothing read."""
+    huge = Zeros(torch.Size([125_000, 1_000_000]), torch.float32)
+    holes, path = Holes(), tmp_path / "huge.pt"
+    small, scheduler = torch.arange(10.0), {"last_epoch": torch.tensor(4)}
+    tree = {"model": {"layers.0.w": holes.make(huge), "layers.1.w": small}, "scheduler": scheduler}
+    stretches = {stretch.tensor.size: stretch for stretch in holes.save(tree, path)}
+    fill([stretch for size, stretch in stretches.items() if size != huge.size], lambda _: None)
+    with path.open("r+b") as stream:
+        stream.seek(stretches[huge.size].offset + 4 * 99_999_999_999)
+        stream.write(torch.tensor([7.0]).numpy().tobytes())
+    catalog = open_source(path, Options())
+    assert catalog.weights["layers.0.w"].read(99_999_999_997, 100_000_000_000).tolist() == [0.0, 0.0, 7.0]
+    assert torch.equal(catalog.weights["layers.1.w"].whole(), small)
+    assert catalog.train["scheduler"]["last_epoch"].item() == 4
+    assert path.stat().st_blocks * 512 < 10_000_000

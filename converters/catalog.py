@@ -89,7 +89,17 @@ class Catalog:
 
 def weights_only(catalog: Catalog) -> Catalog:
     """Leave out the optimizer and everything that belongs to training."""
-    return replace(catalog, state={}, groups=(), train={})
+    zero = catalog.train.get("zero")
+    told: Mapping[str, Any] = zero if isinstance(zero, Mapping) else {}
+    present = frozenset(catalog.weights)
+    return replace(
+        catalog,
+        state={},
+        groups=(),
+        train={},
+        buffers=catalog.buffers | (frozenset(told.get("buffers") or ()) & present),
+        frozen=catalog.frozen | (frozenset(told.get("frozen") or ()) & present),
+    )
 
 
 def only_layers(catalog: Catalog, pattern: str) -> Catalog:

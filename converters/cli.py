@@ -47,7 +47,9 @@ def convert(
     tag: Annotated[str | None, typer.Option(help="Which checkpoint of a DeepSpeed folder.")] = None,
     allow: Annotated[list[str] | None, typer.Option(help="A class, as module.Class, that may be unpickled.")] = None,
     world_size: Annotated[int | None, typer.Option(min=1, help="Ranks to write a ZeRO checkpoint for.")] = None,
-    sub_group_size: Annotated[int, typer.Option(min=1, help="ZeRO-3's, as in the engine that will load it.")] = 10**9,
+    sub_group_size: Annotated[
+        int | None, typer.Option(min=1, help="ZeRO-3's, as in the engine that will load it.")
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="The largest safetensors file to write.")] = "5GB",
     keys: Annotated[Keys, typer.Option(help="Whose names the keys of a DCP checkpoint get.")] = _TAILOR,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be read and written.")] = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import shutil
@@ -100,11 +101,8 @@ def convert(
         TailorError: whatever reading the source says.
     """
     start, options = time.monotonic(), options or Options()
-    place, final = _named(target, dry_run)
-    found = source_of(Path(source), from_)
     writer = target_of(to)
-    catalog = ranks.together(lambda: _selected(found.open(Path(source), options), options, writer))
-    _check(catalog, writer, final)
+    catalog, place, final = ranks.together(lambda: _opened(source, target, writer, from_, options, dry_run))
     notes: tuple[str, ...] = catalog.notes
     if total is not None:
         total(catalog.bytes)
@@ -118,6 +116,22 @@ def convert(
         peak_memory=max(ranks.gather(_peak_memory())),
         written=catalog.bytes if dry_run else _size(final),
     )
+
+
+def _opened(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    writer: Target,
+    from_: str | None,
+    options: Options,
+    dry_run: bool,
+) -> tuple[Catalog, Path, Path]:
+    """Return what is to be written, the name that it grows under and the one that it will have."""
+    place, final = _named(target, dry_run)
+    found = source_of(Path(source), from_)
+    catalog = _selected(found.open(Path(source), options), options, writer)
+    _check(catalog, writer, final)
+    return catalog, place, final
 
 
 def _named(target: str | os.PathLike[str], dry_run: bool) -> tuple[Path, Path]:
@@ -154,11 +168,13 @@ def _check(catalog: Catalog, target: Target, final: Path) -> None:
 def _complete_or_absent(place: Path, final: Path) -> Iterator[None]:
     """Give the result its name once all ranks have written it; leave nothing of it if one fails."""
     first = ranks.rank() == 0
+    lock = _Lock(place.with_name(f"{place.name}.lock"), final)
 
     def prepare() -> None:
         if first:
-            _remove(place)  # of a conversion that was killed
             place.parent.mkdir(parents=True, exist_ok=True)
+            lock.take()
+            _remove(place)  # of a conversion that was killed
 
     def commit() -> None:
         if first:
@@ -172,12 +188,55 @@ def _complete_or_absent(place: Path, final: Path) -> Iterator[None]:
         ranks.together(commit)
     except BaseException as error:
         close_files()
-        if first:
+        if lock.taken:
             _remove(place)
         if isinstance(error, OSError) and not isinstance(error, TailorError):
             raise ConversionError(f"{final} cannot be written: {error.strerror or error}.") from error
         raise
+    finally:
+        lock.release()
     close_files()
+
+
+class _Lock:
+    """Keeps two conversions from writing one result: the second would remove what the first has written.
+
+    Args:
+        path: a file beside the result; the lock itself ends with the process, whatever happens to that.
+        final: the result's name, for messages.
+    """
+
+    def __init__(self, path: Path, final: Path) -> None:
+        self._path, self._final = path, final
+        self._descriptor: int | None = None
+
+    @property
+    def taken(self) -> bool:
+        """Whether it is ours."""
+        return self._descriptor is not None
+
+    def take(self) -> None:
+        """Take it.
+
+        Raises:
+            ConversionError: another conversion has it.
+        """
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise ConversionError(
+                f"Another conversion is writing {self._final}; wait for it, or name another folder."
+            ) from error
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Give it back."""
+        if self._descriptor is not None:
+            self._path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 def _remove(place: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 
 from tailor_dcp.base import open_base
 from tailor_dcp.companions import files_of
@@ -27,6 +29,7 @@ from .options import Options
 from .sorting import sort
 from .tensors import Readable
 from .torch_file import imported
+from .trainer_folder import is_trainer_folder, trainer_train
 
 _MEGATRON = "common.pt"
 
@@ -54,6 +57,7 @@ def open_source(path: Path, options: Options) -> Catalog:
     catalogs = [_open(part, options, {}) for part in accelerate_folder.parts(path)]
     if not catalogs:
         raise ConversionError(f"{path} holds no {METADATA}, so it is no committed DCP checkpoint; name one that is.")
+    accelerate_folder.check_single(path)
     merged = replace(catalogs[0], source=path)
     for other in catalogs[1:]:
         merged = replace(
@@ -61,7 +65,11 @@ def open_source(path: Path, options: Options) -> Catalog:
             weights={**other.weights, **merged.weights}, train={**other.train, **merged.train},
         )  # fmt: skip
     train = {**merged.train, **accelerate_folder.train_of(path, options)}
-    return replace(merged, train=train, files=accelerate_folder.files_of(path))
+    files = accelerate_folder.files_of(path)
+    if is_trainer_folder(path):
+        trainer, carried = trainer_train(path, options)
+        train, files = {**train, **trainer}, {**files, **carried}
+    return replace(merged, train=train, files=files)
 
 
 def _open(path: Path, options: Options, files: dict[str, Path]) -> Catalog:
@@ -120,12 +128,29 @@ Places = tuple[tuple[Path, int], ...]
 """The files and offsets that a tensor's chunks are stored at."""
 
 
+def _overlap(chunks: Sequence[ChunkStorageMetadata]) -> bool:
+    """Tell whether two chunks have an element in common."""
+    if len(chunks) < 2 or not len(chunks[0].sizes):
+        return len(chunks) > 1
+    starts = np.array([tuple(chunk.offsets) for chunk in chunks])
+    ends = starts + np.array([tuple(chunk.sizes) for chunk in chunks])
+    order = np.argsort(starts[:, 0], kind="stable")
+    starts, ends = starts[order], ends[order]
+    for number in range(len(chunks) - 1):
+        rest = slice(number + 1, int(np.searchsorted(starts[:, 0], ends[number, 0], side="left")))
+        if bool(np.all((starts[rest] < ends[number]) & (ends[rest] > starts[number]), axis=1).any()):
+            return True
+    return False
+
+
 def _tensor(contents: Contents, checkpoint: Checkpoint, key: str, known: dict[Places, Readable]) -> Readable:
     """Return a tensor; one and the same for two names of the same bytes."""
     entry = contents.base.metadata.state_dict_metadata[key]
     assert isinstance(entry, TensorStorageMetadata)
     if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != entry.size.numel():
         raise DamagedSourceError(f"The parts of {contents.described(key)} in {contents.folder} do not add up to it.")
+    if _overlap(entry.chunks):
+        raise DamagedSourceError(f"Parts of {contents.described(key)} in {contents.folder} lie over each other.")
     blobs = contents.base.blobs[key]
     places = {index.offset: info for index, info in blobs}
     chunks = []

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from tailor_dcp import lineage
 from tailor_dcp.carry import sync_folder
 from tailor_dcp.companions import give_files, put_files
 from tailor_dcp.coordination import RankInfo
@@ -65,21 +66,32 @@ def write(catalog: Catalog, place: Path, final: Path, options: Options) -> Seque
     for folder, state in parts_of(state_dict(catalog), options.keys).items():
         _save(state, place / folder, final / folder, options.progress)
     if options.keys == "transformers":
-        return target_of("hf").write(replace(catalog, state={}, groups=()), place, final, options)
-    if ranks.rank() == 0:
-        place.mkdir(exist_ok=True)
-        if options.keys == "accelerate":
-            give_files(catalog.files, place)
-            write_scheduler(catalog, place)
-        else:
-            put_files(catalog.files, place)
-    return ()
+        notes = target_of("hf").write(replace(catalog, state={}, groups=()), place, final, options)
+        return (*notes, *_left_out(catalog, ()))
+    ranks.together(lambda: _put_beside(catalog, place, options) if ranks.rank() == 0 else None)
+    return _left_out(catalog, ("scheduler",)) if options.keys == "accelerate" else ()
+
+
+def _put_beside(catalog: Catalog, place: Path, options: Options) -> None:
+    place.mkdir(exist_ok=True)
+    if options.keys == "accelerate":
+        give_files(catalog.files, place)
+        write_scheduler(catalog, place)
+    else:
+        put_files(catalog.files, place)
+
+
+def _left_out(catalog: Catalog, kept: Sequence[str]) -> tuple[str, ...]:
+    """Say what a layout of keys has no place for."""
+    lost = [f"train.{name}" for name in catalog.train if name not in kept]
+    return (f"{', '.join(lost)} has no place in this layout and is not written.",) if lost else ()
 
 
 def _save(state: dict[str, Any], place: Path, final: Path, progress: Progress) -> None:
     writer = _StreamingWriter(place, final, progress)
     try:
-        dcp.save(state, storage_writer=writer, planner=_ConversionPlanner(final), no_dist=ranks.world() == 1)
+        with lineage.aside():  # what is converted is not what this process trains
+            dcp.save(state, storage_writer=writer, planner=_ConversionPlanner(final), no_dist=ranks.world() == 1)
     except CheckpointException as error:  # what went wrong inside, without DCP's traceback around it
         cause = next(iter(error.failures.values()))[0]
         raise cause if isinstance(cause, TailorError) else ConversionError(f"{final}: {cause}") from error

@@ -71,7 +71,7 @@ TARGETS = (
     Target("zero3", ".zero3_target", "a ZeRO-3 checkpoint", masters=True),
     Target("zero2", ".zero2_target", "a ZeRO-2 checkpoint", masters=True),
     Target("zero1", ".zero1_target", "a ZeRO-1 checkpoint", masters=True),
-    Target("universal", ".universal_target", "a DeepSpeed universal checkpoint"),
+    Target("universal", ".universal_target", "a DeepSpeed universal checkpoint", masters=True),
     Target("torch", ".torch_target", "a torch.save file"),
 )
 
@@ -89,7 +89,10 @@ def source_of(path: Path, name: str | None) -> Source:
     if not path.exists():
         raise ConversionError(f"{path} does not exist; give a checkpoint's folder or file.")
     if name is not None:
-        return next(source for source in SOURCES if source.name == name)
+        for source in SOURCES:
+            if source.name == name:
+                return source
+        raise ConversionError(f"{name!r} is no format; use {', '.join(source.name for source in SOURCES)}.")
     for source in SOURCES:
         if source.recognise(path):
             return source
@@ -98,5 +101,12 @@ def source_of(path: Path, name: str | None) -> Source:
 
 
 def target_of(name: str) -> Target:
-    """Return a format that can be written by its name."""
-    return next(target for target in TARGETS if target.name == name)
+    """Return a format that can be written by its name.
+
+    Raises:
+        ConversionError: there is none.
+    """
+    for target in TARGETS:
+        if target.name == name:
+            return target
+    raise ConversionError(f"{name!r} is no format; use {', '.join(target.name for target in TARGETS)}.")

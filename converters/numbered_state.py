@@ -62,6 +62,8 @@ def _names(optimizer: Mapping[str, Any], model: Mapping[str, Any], numbers: list
     shapes = [_shape(optimizer["state"].get(number, {})) for number in sorted(numbers)]
     parameters = _parameters(model)
     ways, names_in_order = _aligned(shapes, parameters)
+    if len(optimizer["param_groups"]) > 1 and ways == 1 and not _distinct(shapes, parameters):
+        ways = 2  # several groups are in an order of their own
     if ways != 1:
         what = "fit in more than one way" if ways else "do not fit"
         raise ConversionError(
@@ -70,6 +72,12 @@ def _names(optimizer: Mapping[str, Any], model: Mapping[str, Any], numbers: list
             f"names them."
         )
     return dict(zip(sorted(numbers), names_in_order, strict=True))
+
+
+def _distinct(shapes: Sequence[torch.Size | None], parameters: Sequence[tuple[str, torch.Size]]) -> bool:
+    """Tell whether shapes alone name the states, in whatever order they are."""
+    known = [shape for _, shape in parameters]
+    return None not in shapes and len(set(known)) == len(known)
 
 
 def _parameters(model: Mapping[str, Any]) -> list[tuple[str, torch.Size]]:

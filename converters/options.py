@@ -33,7 +33,8 @@ class Options:
         tag: which checkpoint of a DeepSpeed folder; None for the one that ``latest`` names.
         allow: classes, as ``module.Class``, that may be unpickled.
         world_size: ranks that a ZeRO checkpoint is written for; None for the source's, or 1.
-        sub_group_size: ZeRO-3's, in elements; it must be that of the engine that will load the result.
+        sub_group_size: ZeRO-3's, in elements; it must be that of the engine that will load the result. None for the
+            source's, or DeepSpeed's default.
         max_shard_size: bytes after which a Hugging Face folder begins a new file.
         keys: the layout of keys that a DCP checkpoint is written in.
         progress: is told of bytes that were done.
@@ -45,7 +46,7 @@ class Options:
     tag: str | None = None
     allow: tuple[str, ...] = ()
     world_size: int | None = None
-    sub_group_size: int = 10**9
+    sub_group_size: int | None = None
     max_shard_size: int = 5 * 10**9
     keys: str = "tailor"
     progress: Progress = field(default=lambda _: None, repr=False)

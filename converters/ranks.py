@@ -13,6 +13,10 @@ from tailor_dcp import rank_state
 T = TypeVar("T")
 
 
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun and other launchers tell each process."""
+
+
 def rank() -> int:
     """Return this process's rank, 0 alone."""
     return rank_state.rank_of()
@@ -24,8 +28,8 @@ def world() -> int:
 
 
 def start() -> bool:
-    """Join the other ranks if torchrun started this process; tell whether it did."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+    """Join the other ranks if a launcher such as torchrun started this process; tell whether it did."""
+    if not all(name in os.environ for name in _LAUNCHED) or dist.is_initialized():
         return False
     dist.init_process_group("gloo")
     return True

@@ -17,6 +17,7 @@ from .key_layouts import groups_of, is_group, train_of, with_lists
 from .tensors import Given, Readable
 
 _MODEL = "model"
+_PARAMS = "params"
 _TOKEN = "token"  # of a save; no other checkpoint descends from it
 
 
@@ -60,7 +61,7 @@ def sort(
         format=format_,
         weights=weights,
         state=state,
-        groups=tuple(with_lists(group) for group in groups),
+        groups=tuple({_PARAMS: list(state) if len(groups) == 1 else [], **with_lists(group)} for group in groups),
         train={name: with_lists(held) for name, held in train.items() if name != _TOKEN},
     )
 

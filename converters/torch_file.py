@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -55,11 +56,11 @@ class TorchFile:
         self._base: int | None = None
         self._records: dict[int, int] = {}
         self._read_from: dict[int, int] = {}
-        admitted: list[Any] = [(cls, name) for name, cls in (stand_ins or {}).items()]
-        admitted += [imported(name) for name in allow] + NUMPY_CLASSES
+        self._admitted: list[Any] = [(cls, name) for name, cls in (stand_ins or {}).items()]
+        self._admitted += [imported(name) for name in allow] + NUMPY_CLASSES
         self._mapped = _is_archive(path)
         try:
-            with torch.serialization.safe_globals(admitted):
+            with torch.serialization.safe_globals(self._admitted):
                 self.tree: Any = self._load()
         except pickle.UnpicklingError as error:
             raise self._refused(error) from error
@@ -83,6 +84,10 @@ class TorchFile:
             # torch maps files so that they could be written to, which takes as much memory as could be needed for it.
             if "unable to mmap" not in str(error):
                 raise
+        return self._load_unmapped()
+
+    def _load_unmapped(self) -> Any:
+        """Return the tree with tensors that are not there, of which torch tells where in the file they lie."""
         with FakeTensorMode():
             return torch.load(self.path, map_location="cpu", weights_only=True)
 
@@ -100,7 +105,7 @@ class TorchFile:
             )
         if isinstance(tensor, FakeTensor) and tensor.is_contiguous():
             return self._at(tensor)
-        tensor = tensor.detach()
+        tensor = tensor.detach().resolve_conj().resolve_neg()
         if self._base is None or tensor.numel() * tensor.itemsize <= _SMALL or not tensor.is_contiguous():
             return Given(tensor.clone(memory_format=torch.contiguous_format))
         return self._at(tensor)
@@ -127,19 +132,26 @@ class TorchFile:
         return offset + int(tensor.storage_offset()) * tensor.itemsize
 
     def _find_base(self) -> int | None:
-        """Return the address of the file's first byte, given that every record is some tensor's memory."""
+        """Return the address of the file's first byte, given that every record is some tensor's memory.
+
+        Where that is not so, as with storages beside the tensors, torch is asked for each tensor's place, which takes
+        longer; there is no such address then.
+        """
         if any(isinstance(tensor, FakeTensor) for tensor in tensors_of(self.tree)):
             self.tree = self._with_values(self.tree)
             return None
-        starts = {t.untyped_storage().data_ptr() for t in tensors_of(self.tree) if t.untyped_storage().nbytes()}
+        plain = (tensor for tensor in tensors_of(self.tree) if tensor.layout is torch.strided)
+        starts = {t.untyped_storage().data_ptr() for t in plain if t.untyped_storage().nbytes()}
         starts.discard(0)
-        offsets = [offset for offset, length in self._records.items() if length]
+        offsets = {offset for offset, length in self._records.items() if length}
         if not starts or not offsets:
             return None
         base = min(starts) - min(offsets)
-        if any(start - base not in self._records for start in starts):
-            raise self._damaged("its records are not those that its tensors use")
-        return base
+        if {start - base for start in starts} == offsets:
+            return base
+        with torch.serialization.safe_globals(self._admitted):
+            self.tree = self._with_values(self._load_unmapped())
+        return None
 
     def _with_values(self, tree: Any) -> Any:
         """Return nested containers in which small tensors that were not read are, as others ask for their values."""
@@ -199,6 +211,8 @@ def in_memory(tree: Any, depth: int = 0) -> Any:
         return tree.detach().clone()
     if isinstance(tree, Mapping):
         return {key: in_memory(value, depth + 1) for key, value in tree.items()}
+    if isinstance(tree, np.generic):
+        return tree.item()  # weights_only loads of what is written would not know numpy's
     if isinstance(tree, list | tuple):
         return type(tree)([in_memory(v, depth + 1) for v in tree]) if type(tree) in (list, tuple) else tree
     return tree

@@ -62,7 +62,7 @@ class Holes:
             ConversionError: the file cannot be written.
         """
         ranks.together(lambda: _save(tree, path, stand_ins or {}) if ranks.rank() == 0 else None)
-        saved = TorchFile(path, allow, stand_ins)
+        saved = ranks.together(lambda: TorchFile(path, allow, stand_ins))
         found: dict[int, Stretch] = {}
         for original, mapped in _pairs(tree, saved.tree):
             offset = saved.offset(mapped)

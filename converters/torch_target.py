@@ -32,7 +32,7 @@ def write(catalog: Catalog, place: Path, final: Path, options: Options) -> Seque
         state["optim"] = {"state": kinds, "param_groups": [dict(group) for group in catalog.groups]}
     if catalog.train:
         state["train"] = dict(catalog.train)
-    filled = fill(holes.save(state, place), options.progress)
-    if ranks.rank() == 0:
-        patch_checksums(place, {stretch.offset: crc for stretch, crc in filled})
+    filled = fill(holes.save(state, place, allow=options.allow), options.progress)
+    crcs = {stretch.offset: crc for stretch, crc in filled}
+    ranks.together(lambda: patch_checksums(place, crcs) if ranks.rank() == 0 else None)
     return (f"{len(catalog.files)} files beside it are not part of a torch.save file.",) if catalog.files else ()

@@ -52,10 +52,10 @@ def trainer_train(folder: Path, options: Options) -> tuple[dict[str, Any], dict[
         ConversionError: a file holds a class that is not admitted.
         DamagedSourceError: a file is damaged.
     """
-    state = read_json(folder / STATE)
+    state = read_json(confined(folder / STATE))
     train: dict[str, Any] = {"trainer_state": json.dumps(state), "step": int(state.get("global_step") or 0)}
     if (folder / _SCHEDULER).is_file():
-        train["scheduler"] = in_memory(TorchFile(folder / _SCHEDULER, options.allow).tree)
+        train["scheduler"] = in_memory(TorchFile(confined(folder / _SCHEDULER), options.allow).tree)
     files = {name: path for name, path in carried(folder).items() if name not in _SCRIPTS}
     files |= {name: confined(folder / name) for name in _OPAQUE if (folder / name).is_file()}
     states = _rng_files(folder)

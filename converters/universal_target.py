@@ -66,7 +66,7 @@ def write(catalog: Catalog, place: Path, final: Path, options: Options) -> Seque
         raise ConversionError(f"--tag {tag} is no name of a folder; give one such as global_step{plan.step}_universal.")
     _check_names(plan)
     steps = [max((_step(plan, name) for name in group.names), default=0.0) for group in plan.groups]
-    _fill(_files(plan, place / tag, steps), options.progress)
+    _fill(_files(plan, place / tag, steps), options)
     ranks.together(lambda: _finish(catalog, place, tag) if ranks.rank() == 0 else None)
     return (*plan.notes, *_notes(plan, steps))
 
@@ -88,16 +88,16 @@ def _finish(catalog: Catalog, place: Path, tag: str) -> None:
     write_trainer_files(catalog, place)
 
 
-def _fill(files: Iterator[tuple[Path, Any, Holes]], progress: Progress) -> None:
+def _fill(files: Iterator[tuple[Path, Any, Holes]], options: Options) -> None:
     """Make the files, and fill them some at a time."""
     waiting: list[Stretch] = []
     for count, (path, tree, holes) in enumerate(files, 1):
         ranks.together(lambda path=path: path.parent.mkdir(parents=True, exist_ok=True))  # type: ignore[misc]
-        waiting += holes.save(tree, path, STAND_INS)
+        waiting += holes.save(tree, path, STAND_INS, options.allow)
         if count % _AT_ONCE == 0:
-            _fill_some(waiting, progress)
+            _fill_some(waiting, options.progress)
             waiting = []
-    _fill_some(waiting, progress)
+    _fill_some(waiting, options.progress)
 
 
 def _fill_some(stretches: Sequence[Stretch], progress: Progress) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import ConversionError, DamagedSourceError
+from .hf_files import confined
 
 LATEST = "latest"
 OPTIM = re.compile(r"(?P<prefix>bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<mp>\d+)_?optim_states\.pt")
@@ -168,13 +169,13 @@ def _by_rank(folder: Path, names: Iterable[str], pattern: re.Pattern[str]) -> di
                 f"{folder} has two files of rank {rank}, {found[rank].name} and {name}: two checkpoints were saved "
                 f"into it; remove the files of one."
             )
-        found[rank] = folder / name
+        found[rank] = confined(folder / name)
     return dict(sorted(found.items()))
 
 
 def _check_complete(folder: Path, name: str, files: Mapping[int, Path], ranks: int) -> None:
-    missing = [rank for rank in range(ranks) if rank not in files]
-    if missing:
+    missing = next((rank for rank in range(ranks) if rank not in files), None)
+    if missing is not None:
         raise DamagedSourceError(
-            f"{folder} lacks {name.format(missing[0])} of its {ranks} ranks; copy the whole folder anew."
+            f"{folder} lacks {name.format(missing)} of its {ranks} ranks; copy the whole folder anew."
         )

@@ -18,6 +18,7 @@ from .options import DTYPES, Options
 from .tensors import Readable
 
 PARAMS = "params"
+_SUB_GROUP = 10**9  # elements; DeepSpeed's default
 _ADAM = ("exp_avg", "exp_avg_sq")
 _BUFFERS = (
     "running_mean", "running_var", "num_batches_tracked", "inv_freq", "original_inv_freq", "position_ids",
@@ -135,11 +136,11 @@ def plan_of(catalog: Catalog, options: Options, stage: int) -> ZeroPlan:
     kinds, singles = _kinds(catalog, trained, groups)
     if not catalog.state and kinds:
         notes += ("The source has no optimizer state, so the optimizer starts at zero: moments 0, step 0.",)
-    size = options.sub_group_size
+    told = zero.get("sub_group_size")
+    # An engine with the source's own configuration will load it, if nothing else is said.
+    size = (told if isinstance(told, int) else _SUB_GROUP) if options.sub_group_size is None else options.sub_group_size
     if size < 1 or world < 1:
         raise ConversionError(f"--world-size {world} and --sub-group-size {size} must be at least 1.")
-    if size == Options.sub_group_size and isinstance(zero.get("sub_group_size"), int):
-        size = zero["sub_group_size"]  # an engine with the source's own configuration will load it
     return ZeroPlan(
         catalog=catalog,
         stage=stage,

@@ -11,6 +11,8 @@ import json
 import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,6 +155,21 @@ def snapshot() -> Snapshot:
     """Return what each series of each run descends from, as far as this process knows."""
     with _lock:
         return {key: branch.chain for key, branch in _branches.items()}
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Let what is saved and loaded meanwhile leave no trace in what this process remembers."""
+    global _generation
+    with _lock:
+        branches, generation_before = dict(_branches), _generation
+    try:
+        yield
+    finally:
+        with _lock:
+            _branches.clear()
+            _branches.update(branches)
+            _generation = generation_before
 
 
 def forget() -> None:

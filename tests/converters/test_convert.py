@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from tailor_dcp import LayerwisePlanner, inspect
 from tailor_dcp.converters import ConversionError, Options, convert
 from tailor_dcp.converters.cli import main
 from tests.support.forks import killed_at
@@ -178,13 +179,37 @@ def test_killed_at_any_moment_it_is_absent_or_complete(checkpoint: Path, tmp_pat
         moments += 1
     assert moments > 4
     complete(tmp_path / f"out{moments}", to)
-    assert not list(tmp_path.glob(".*"))
+    # The lock of a process that was killed is nobody's; the file stays until the next conversion of that name.
+    assert all(path.name.endswith(".lock") for path in tmp_path.glob(".*"))
 
 
 def complete(out: Path, to: str) -> None:
     loaded = load(None, MODEL, str(out)) if to == "dcp" else flat(torch.load(out, weights_only=True))
     for key, value in flat(state(MODEL, 10, None)).items():
         assert torch.equal(torch.as_tensor(loaded[key]), torch.as_tensor(value)), key
+
+
+def test_two_conversions_do_not_write_one_result(checkpoint: Path, tmp_path: Path) -> None:
+    """The second is refused while the first writes, and the first's result is whole."""
+    said: list[str] = []
+
+    def meanwhile(_: int) -> None:
+        if not said:
+            with pytest.raises(ConversionError, match="Another conversion") as caught:
+                convert(checkpoint, tmp_path / "out", "dcp")
+            said.append(str(caught.value))
+
+    convert(checkpoint, tmp_path / "out", "dcp", options=Options(progress=meanwhile))
+    assert said
+    complete(tmp_path / "out", "dcp")
+
+
+def test_what_is_converted_is_not_what_a_training_carries_from(checkpoint: Path, tmp_path: Path) -> None:
+    """A save after a conversion into the same run writes everything: it does not descend from that."""
+    convert(checkpoint, tmp_path / "new" / "step-0", "dcp")
+    planner = LayerwisePlanner("parity")
+    dcp.save(state(MODEL, 20, None), checkpoint_id=tmp_path / "new" / "step-20", planner=planner, no_dist=True)
+    assert {unit.origin_step for unit in inspect(tmp_path / "new" / "step-20").units} == {20}
 
 
 # Several ranks -------------------------------------------------------------------------------

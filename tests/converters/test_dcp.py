@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from tailor_dcp import LayerwisePlanner, inspect, materialize
@@ -251,6 +253,49 @@ def test_accelerates_two_folders(tmp_path: Path) -> None:
         for kind, value in kinds.items():
             assert torch.equal(loaded["optim"]["state"][fqn][kind], value), (fqn, kind)
     assert [g["weight_decay"] for g in loaded["optim"]["param_groups"]] == [0.1, 0.01]
+    shutil.copytree(tmp_path / "back" / "optimizer_0", tmp_path / "back" / "optimizer_1")
+    with pytest.raises(ConversionError, match="several trainings"):
+        convert(tmp_path / "back", tmp_path / "mixed", "dcp")
+    (tmp_path / "checkpoint-7" / "random_states_0.pkl").symlink_to("/etc/passwd")
+    with pytest.raises(ConversionError, match="outside"):
+        convert(tmp_path / "checkpoint-7", tmp_path / "leak", "dcp")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_layout_has_no_place_for_is_said(tmp_path: Path) -> None:
+    """Accelerate keeps progress in files of its own."""
+    dcp.save(state(MODEL, 10, None), checkpoint_id=tmp_path / "step-10")
+    done = convert(tmp_path / "step-10", tmp_path / "out", "dcp", options=Options(keys="accelerate"))
+    assert any("train.step, train.rng" in note for note in done.notes)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_chunks_that_lie_over_each_other_are_refused(tmp_path: Path) -> None:
+    """Their elements add up to the tensor's, and some of it would be read from nowhere."""
+    dcp.save({"model": {"layers.0.w": torch.randn(8, 64)}}, checkpoint_id=tmp_path / "step-1")
+    metadata = pickle.loads((tmp_path / "step-1" / ".metadata").read_bytes())
+    entry = metadata.state_dict_metadata["model.layers.0.w"]
+    (index, info), *_ = [pair for pair in metadata.storage_data.items() if pair[0].fqn == "model.layers.0.w"]
+    del metadata.storage_data[index]
+    entry.chunks = []
+    for start in (0, 16):
+        offsets = torch.Size([0, start])
+        entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size([8, 32])))
+        metadata.storage_data[MetadataIndex("model.layers.0.w", offsets)] = info
+    (tmp_path / "step-1" / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ConversionError, match="over each other"):
+        convert(tmp_path / "step-1", tmp_path / "out.pt", "torch")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_buffer_that_is_called_like_a_counter_stays_a_weight(tmp_path: Path) -> None:
+    """What lies directly in a model is the model's."""
+    model = {"layers.0.weight": torch.ones(3), "steps": torch.tensor([4.0])}
+    dcp.save({"model": model, "train": {"steps": 7}}, checkpoint_id=tmp_path / "step-1")
+    convert(tmp_path / "step-1", tmp_path / "out.pt", "torch")
+    held = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert held["model"]["steps"].item() == 4
+    assert held["train"] == {"steps": 7}
 
 
 # Damaged and hostile -------------------------------------------------------------------------

@@ -105,7 +105,9 @@ class TorchFile:
             )
         if isinstance(tensor, FakeTensor) and tensor.is_contiguous():
             return self._at(tensor)
-        tensor = tensor.detach().resolve_conj().resolve_neg()
+        tensor = tensor.detach()
+        if tensor.is_conj() or tensor.is_neg():  # the file has the bytes without what is kept beside them
+            return Given(tensor.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format))
         if self._base is None or tensor.numel() * tensor.itemsize <= _SMALL or not tensor.is_contiguous():
             return Given(tensor.clone(memory_format=torch.contiguous_format))
         return self._at(tensor)

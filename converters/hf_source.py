@@ -7,10 +7,13 @@ result; the files' own names come back when a folder is written.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import hf_trainer, peft_folder
+from tailor_dcp.location import METADATA
+
+from . import dcp_source, hf_trainer, peft_folder
 from .catalog import Catalog
 from .errors import ConversionError
 from .hf_files import CONFIG, carried, read_json, stored_tensors, weight_file, weight_files
@@ -20,6 +23,7 @@ from .tensors import Readable
 
 _INPUTS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _OUTPUT = "lm_head.weight"
+_OPTIMIZER = "optimizer"
 
 
 def recognise(path: Path) -> bool:
@@ -59,7 +63,17 @@ def open_source(path: Path, options: Options) -> Catalog:
         files=files,
         notes=notes,
     )
-    return hf_trainer.with_training(catalog, folder, model, options) if path.is_dir() else catalog
+    if not path.is_dir():
+        return catalog
+    return _with_optimizer(hf_trainer.with_training(catalog, folder, model, options), folder, options)
+
+
+def _with_optimizer(catalog: Catalog, folder: Path, options: Options) -> Catalog:
+    """Add the optimizer that transformers keeps as a DCP checkpoint beside the weights, if there is one."""
+    if options.weights_only or not (folder / _OPTIMIZER / METADATA).is_file():
+        return catalog
+    held = dcp_source.open_source(folder / _OPTIMIZER, options)
+    return replace(catalog, state=held.state, groups=held.groups)
 
 
 def _model(config: Mapping[str, Any]) -> tuple[HfModel | None, str]:

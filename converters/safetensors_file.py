@@ -24,6 +24,7 @@ _LONGEST_HEADER = 100_000_000
 _ALIGNMENT = 8
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _METADATA = "__metadata__"
+_SHARDED = "DCP_SHARDING_INFO"
 
 # In the order in which the library sorts tensors within a file, the last first, so that all are aligned.
 DTYPES = {
@@ -77,6 +78,11 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     size = _size(path)
     header, start = _header(path, size)
     metadata = header.pop(_METADATA, {})
+    if isinstance(metadata, dict) and _SHARDED in metadata:
+        raise ConversionError(
+            f"{path} holds parts of tensors, one rank's of transformers' distributed checkpoints; join them first with "
+            f"transformers.distributed.checkpoint.consolidate_distributed_checkpoint."
+        )
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged(path, "its metadata are not texts")
     found = {name: _tensor(path, name, entry, start) for name, entry in header.items()}

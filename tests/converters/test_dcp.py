@@ -227,6 +227,8 @@ def test_transformers_optimizer_folder(tmp_path: Path) -> None:
     load_optimizer_distributed(fresh, other, str(tmp_path / "back" / "optimizer"))
     fresh.load_state_dict(net.state_dict())
     equal(fresh, other, net, optimizer)
+    convert(tmp_path / "back", tmp_path / "again", "dcp")
+    holds(tmp_path / "again", net, optimizer)
 
 
 def accelerate(what: str, folder: Path, out: Path) -> dict[str, Any]:

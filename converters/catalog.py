@@ -82,10 +82,6 @@ class Catalog:
         """The bytes of all tensors as the source stores them, tied ones counted once."""
         return sum(t.source.bytes for t in {id(t.source): t for t in self.tensors.values()}.values())
 
-    def noting(self, *sentences: str) -> Catalog:
-        """Return the catalog with more to say."""
-        return replace(self, notes=(*self.notes, *sentences))
-
 
 def weights_only(catalog: Catalog) -> Catalog:
     """Leave out the optimizer and everything that belongs to training."""

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from tailor_dcp.cli.output import console, print_json, size
+from tailor_dcp.cli.output import console, print_json, say, size
 from tailor_dcp.errors import TailorError
 
 from . import ranks
@@ -79,12 +79,11 @@ def convert(
 
 
 def _show(done: Converted) -> None:
-    out = console()
     if done.dry_run:
-        out.print(_table(done))
+        console().print(_table(done))
     for note in done.notes:
-        out.print(f"note: {escape(note)}")
-    out.print(escape(_closing(done)))
+        say(f"note: {note}")
+    say(_closing(done))
 
 
 def _table(done: Converted) -> Table:

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from tailor_dcp.cli.output import console, print_json, size
+from tailor_dcp.cli.output import print_json, say, size
 from tailor_dcp.cli.progress import progress_bar
 from tailor_dcp.copying import Copied
 from tailor_dcp.copying import copy as copy_run
@@ -29,7 +28,7 @@ def copy(
     if as_json:
         print_json(done.to_dict())
     else:
-        console().print(escape(_summary(done)))
+        say(_summary(done))
 
 
 def _summary(done: Copied) -> str:

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from tailor_dcp.cli.output import console, percent, print_json, size
+from tailor_dcp.cli.output import console, percent, print_json, say, size
 from tailor_dcp.inspection import Inspection, UnitView
 from tailor_dcp.inspection import inspect as inspect_checkpoint
 
@@ -34,7 +34,6 @@ def inspect(
 
 
 def _show(found: Inspection) -> None:
-    out = console()
     table = Table(title=escape(found.path), title_justify="left", header_style="bold", pad_edge=False)
     for name, justify in (
         ("layer", "left"),
@@ -50,8 +49,8 @@ def _show(found: Inspection) -> None:
     for unit in found.units:
         table.add_row(*_cells(unit, unit.layer == layer), style="" if unit.stale_saves == 0 else "yellow")
         layer = unit.layer
-    out.print(table)
-    out.print(_summary(found))
+    console().print(table)
+    say(_summary(found))
 
 
 def _cells(unit: UnitView, repeated: bool) -> list[str]:
@@ -87,7 +86,7 @@ def _summary(found: Inspection) -> str:
     lines.append("resuming   " + (_loss(stale) if stale else "here loses nothing"))
     if found.missing:
         lines.append(f"MISSING    {', '.join(found.missing)}: this checkpoint cannot be loaded as a whole")
-    return escape("\n".join(lines))
+    return "\n".join(lines)
 
 
 def _loss(stale: dict[str, int]) -> str:

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from tailor_dcp.cli.output import console, print_json, size
+from tailor_dcp.cli.output import print_json, say, size
 from tailor_dcp.cli.progress import progress_bar
 from tailor_dcp.materialize import materialize as make
 
@@ -29,4 +28,4 @@ def materialize(
         print_json(made.to_dict())
         return
     checked = f"{made.checked} of {made.blobs} checksums compared" if verify else "no checksum compared"
-    console().print(escape(f"{made.path}: {size(made.bytes)} in {made.files} files, {checked}"))
+    say(f"{made.path}: {size(made.bytes)} in {made.files} files, {checked}")

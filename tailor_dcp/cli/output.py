@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
@@ -33,3 +34,9 @@ def console() -> Console:
     """Return where tables go. Not a terminal: wide enough that nothing is cut."""
     plain = Console()
     return plain if plain.is_terminal else Console(width=160)
+
+
+def say(text: str) -> None:
+    """Print a sentence for people. Not on a terminal: in one line, however long the paths in it are."""
+    out = console()
+    out.print(escape(text), soft_wrap=not out.is_terminal)

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from tailor_dcp.cli.output import console, print_json, size
+from tailor_dcp.cli.output import console, print_json, say, size
 from tailor_dcp.cli.progress import progress_bar
 from tailor_dcp.prune import Pruning
 from tailor_dcp.prune import prune as prune_run
@@ -48,10 +48,9 @@ def _show(done: Pruning) -> None:
         freed = "" if verdict.action == "keep" else size(verdict.freed)
         why = escape("; ".join(verdict.why))
         table.add_row(escape(verdict.name), verdict.action, freed, why, style=_STYLES[verdict.action])
-    out = console()
-    out.print(table)
+    console().print(table)
     count = Counter(verdict.action for verdict in done.verdicts)
-    out.print(
+    say(
         f"{'would free' if done.dry_run else 'freed'} {size(done.freed)}: {count['remove']} removed, {count['strip']} "
         f"stripped to what others refer to, {count['keep']} kept"
     )

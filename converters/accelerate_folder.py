@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from tailor_dcp.catalog import Catalog
+from tailor_dcp.errors import ConversionError
 from tailor_dcp.location import METADATA
 
-from .catalog import Catalog
-from .errors import ConversionError
 from .hf_files import confined
 from .options import Options
 from .schedulers import whole_scheduler

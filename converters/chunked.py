@@ -11,11 +11,10 @@ from typing import NamedTuple
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
+from tailor_dcp.errors import DamagedSourceError
 from tailor_dcp.frames import frame
 from tailor_dcp.open_checkpoint import Checkpoint
-
-from .errors import DamagedSourceError
-from .tensors import Readable, raw_bytes, read_file
+from tailor_dcp.tensors import Readable, raw_bytes, read_file
 
 
 class Chunk(NamedTuple):

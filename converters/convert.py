@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from tailor_dcp.carry import sync_folder
-from tailor_dcp.errors import TailorError
+from tailor_dcp.catalog import Catalog, in_dtype, only_layers, weights_only
+from tailor_dcp.errors import ConversionError, TailorError
 from tailor_dcp.layers import LayerMap
 from tailor_dcp.location import is_url
+from tailor_dcp.tensors import close_files
 
 from . import ranks
-from .catalog import Catalog, in_dtype, only_layers, weights_only
-from .errors import ConversionError
 from .formats import Target, source_of, target_of
 from .options import Options
-from .tensors import close_files
 
 
 @dataclass(frozen=True)
@@ -107,8 +106,7 @@ def convert(
     if total is not None:
         total(catalog.bytes)
     if not dry_run:
-        with _complete_or_absent(place, final):
-            notes = (*notes, *writer.write(catalog, place, final, options))
+        notes = (*notes, *_written(catalog, writer, place, final, options))
     return replace(
         _described(catalog, writer, final, dry_run),
         notes=tuple(dict.fromkeys(notes)),
@@ -116,6 +114,34 @@ def convert(
         peak_memory=max(ranks.gather(_peak_memory())),
         written=catalog.bytes if dry_run else _size(final),
     )
+
+
+def write_catalog(
+    catalog: Catalog, target: str | os.PathLike[str], to: str, options: Options | None = None
+) -> tuple[str, ...]:
+    """Write a checkpoint of what a catalog holds, complete or not at all; all ranks call it.
+
+    Args:
+        catalog: what to write, in the names of the live model.
+        target: what to write; it must not exist.
+        to: a format of ``formats.TARGETS``.
+        options: those of the target count; the others choose from a source and are left alone.
+
+    Returns:
+        Sentences that the user should read.
+
+    Raises:
+        ConversionError: it cannot be written as asked, or ``target`` exists.
+        TailorError: whatever reading the sources says.
+    """
+    writer = target_of(to)
+    place, final = ranks.together(lambda: _named(target, False))
+    return _written(catalog, writer, place, final, options or Options())
+
+
+def _written(catalog: Catalog, writer: Target, place: Path, final: Path, options: Options) -> tuple[str, ...]:
+    with _complete_or_absent(place, final):
+        return tuple(writer.write(catalog, place, final, options))
 
 
 def _opened(

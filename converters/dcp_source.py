@@ -13,21 +13,21 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 
 from tailor_dcp.base import open_base
+from tailor_dcp.catalog import Catalog
 from tailor_dcp.companions import files_of
 from tailor_dcp.contents import Contents
+from tailor_dcp.errors import ConversionError, DamagedSourceError
 from tailor_dcp.layers import Path as KeyPath
 from tailor_dcp.location import METADATA
 from tailor_dcp.metadata.compose import shape_of, unstored
 from tailor_dcp.open_checkpoint import Checkpoint
 from tailor_dcp.rank_state import NUMPY_CLASSES
+from tailor_dcp.tensors import Readable
 
 from . import accelerate_folder
-from .catalog import Catalog
 from .chunked import Chunk, Chunked
-from .errors import ConversionError, DamagedSourceError
 from .options import Options
 from .sorting import sort
-from .tensors import Readable
 from .torch_file import imported
 from .trainer_folder import is_trainer_folder, trainer_train
 

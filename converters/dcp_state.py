@@ -10,9 +10,10 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from tailor_dcp.catalog import Catalog
+from tailor_dcp.tensors import Readable
+
 from . import ranks
-from .catalog import Catalog
-from .tensors import Readable
 
 CHUNK = 256 << 20
 """Bytes; a larger tensor is stored as several chunks of whole rows, so that ranks can share it."""

@@ -24,25 +24,24 @@ from torch.futures import Future
 
 from tailor_dcp import lineage
 from tailor_dcp.carry import sync_folder
+from tailor_dcp.catalog import Catalog
 from tailor_dcp.companions import give_files, put_files
 from tailor_dcp.coordination import RankInfo
 from tailor_dcp.crc import combine, crc32
-from tailor_dcp.errors import TailorError
+from tailor_dcp.errors import ConversionError, TailorError
 from tailor_dcp.frames import frame
 from tailor_dcp.location import locate
 from tailor_dcp.planner import LayerwisePlanner
+from tailor_dcp.tensors import Given, Readable
 from tailor_dcp.writer import CheckedResult, LayerwiseWriter
 
 from . import ranks
 from .accelerate_folder import write_scheduler
-from .catalog import Catalog
 from .dcp_state import Planned, flat_start, planned_in, state_dict
-from .errors import ConversionError
 from .filling import Stretch, windows, write_at
 from .formats import target_of
 from .key_layouts import parts_of
 from .options import Options, Progress
-from .tensors import Given, Readable
 
 _FRAMED = 1 << 16
 """Bytes; a smaller tensor is simply given to ``torch.save``."""

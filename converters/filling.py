@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from tailor_dcp.crc import combine, crc32
+from tailor_dcp.errors import ConversionError
+from tailor_dcp.tensors import Readable, raw_bytes
 
 from . import ranks
-from .errors import ConversionError
 from .options import Progress
-from .tensors import Readable, raw_bytes
 
 WINDOW = 8 << 20
 """Bytes that are in memory at a time, per thread."""

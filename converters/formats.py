@@ -8,8 +8,9 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from .catalog import Catalog
-from .errors import ConversionError
+from tailor_dcp.catalog import Catalog
+from tailor_dcp.errors import ConversionError
+
 from .options import Options
 
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from .errors import ConversionError, DamagedSourceError
+from tailor_dcp.errors import ConversionError, DamagedSourceError
+from tailor_dcp.tensors import Readable
+
 from .options import Options
 from .safetensors_file import open_safetensors
-from .tensors import Readable
 from .torch_file import TorchFile
 
 CONFIG = "config.json"

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from .errors import ConversionError
+from tailor_dcp.errors import ConversionError
+from tailor_dcp.tensors import Readable
+
 from .lazy_tensors import LazyTensor, lazy
-from .tensors import Readable
 
 _IGNORED = ("attn_implementation", "experts_implementation", "auto_map", "quantization", "distributed", "tp_plan")
 """Parts of keys of a configuration that say how to run a model; some would fetch code for it."""

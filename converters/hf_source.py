@@ -11,15 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tailor_dcp.catalog import Catalog
+from tailor_dcp.errors import ConversionError
 from tailor_dcp.location import METADATA
+from tailor_dcp.tensors import Readable
 
 from . import dcp_source, hf_trainer, peft_folder
-from .catalog import Catalog
-from .errors import ConversionError
 from .hf_files import CONFIG, carried, read_json, stored_tensors, weight_file, weight_files
 from .hf_model import HfModel, Named, model_of
 from .options import Options
-from .tensors import Readable
 
 _INPUTS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 _OUTPUT = "lm_head.weight"

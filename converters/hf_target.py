@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
+from tailor_dcp.catalog import Catalog
+from tailor_dcp.tensors import Readable
+
 from . import peft_folder, ranks
-from .catalog import Catalog
 from .filling import WINDOW, Stretch, fill, make_file, whole
 from .hf_files import CONFIG, read_json
 from .hf_model import HfModel, model_of
 from .options import Options
 from .safetensors_file import layout_of, shards_of
-from .tensors import Readable
 from .trainer_folder import write_trainer_files
 
 _METADATA = {"format": "pt"}

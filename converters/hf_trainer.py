@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
+from tailor_dcp.catalog import Catalog
+from tailor_dcp.errors import ConversionError, DamagedSourceError
+from tailor_dcp.tensors import Given, Readable
+
 from . import trainer_folder
-from .catalog import Catalog
-from .errors import ConversionError, DamagedSourceError
 from .hf_model import HfModel
 from .options import Options
-from .tensors import Given, Readable
 from .torch_file import TorchFile
 
 _OPTIMIZER = "optimizer.pt"

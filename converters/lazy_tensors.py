@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from .errors import ConversionError
-from .tensors import Readable
+from tailor_dcp.errors import ConversionError
+from tailor_dcp.tensors import Readable
+
 from .views import joined_along, part_along, reordered, reshaped
 
 _aten = torch.ops.aten

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .errors import ConversionError
+from tailor_dcp.errors import ConversionError
 
 _OPTIMIZERS = ("optim", "optimizer", "optimizer_state_dict", "optim_state_dict", "optimizer_state")
 _BUFFERS = ("running_mean", "running_var", "inv_freq")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .errors import ConversionError
+from tailor_dcp.errors import ConversionError
 
 Progress = Callable[[int], None]
 """Is told how many more bytes were done, from any thread."""

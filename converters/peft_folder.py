@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tailor_dcp.catalog import Catalog
+from tailor_dcp.errors import ConversionError
+from tailor_dcp.tensors import Readable
+
 from . import hf_files
-from .catalog import Catalog
-from .errors import ConversionError
 from .hf_files import ADAPTER, ADAPTER_CONFIG, carried, confined, read_json, stored_tensors
 from .options import Options
-from .tensors import Readable
 
 WEIGHTS = "adapter_model.safetensors"
 _FILES = (WEIGHTS, f"{ADAPTER}.bin")

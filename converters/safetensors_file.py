@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from .errors import ConversionError, DamagedSourceError
-from .tensors import Piece, Readable, Stored, read_file
+from tailor_dcp.errors import ConversionError, DamagedSourceError
+from tailor_dcp.tensors import Piece, Readable, Stored, read_file
 
 _LENGTH = 8
 _LONGEST_HEADER = 100_000_000

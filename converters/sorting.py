@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from tailor_dcp.catalog import Catalog
 from tailor_dcp.layers import LayerMap
 from tailor_dcp.layers import Path as KeyPath
+from tailor_dcp.tensors import Given, Readable
 from tailor_dcp.units import WEIGHT
 
-from .catalog import Catalog
 from .key_layouts import groups_of, is_group, train_of, with_lists
-from .tensors import Given, Readable
 
 _MODEL = "model"
 _PARAMS = "params"

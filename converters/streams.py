@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from .tensors import Piece, Readable, Stored, Zeros
+from tailor_dcp.tensors import Piece, Readable, Stored, Zeros
 
 
 class Part(NamedTuple):

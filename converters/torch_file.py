@@ -19,10 +19,9 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from tailor_dcp.errors import ConversionError, DamagedSourceError
 from tailor_dcp.rank_state import NUMPY_CLASSES
-
-from .errors import ConversionError, DamagedSourceError
-from .tensors import Given, Piece, Readable, Stored
+from tailor_dcp.tensors import Given, Piece, Readable, Stored
 
 _CLASS = re.compile(r"(?:GLOBAL|Unsupported (?:class|global):?) (?:GLOBAL )?([\w.]+)")
 _SMALL = 1 << 12

@@ -15,10 +15,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import skip_data
 
+from tailor_dcp.errors import ConversionError
+from tailor_dcp.tensors import Given, Readable
+
 from . import ranks
-from .errors import ConversionError
 from .filling import Stretch, whole
-from .tensors import Given, Readable
 from .torch_file import TorchFile
 from .zero_classes import pickle_by_name
 

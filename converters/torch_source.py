@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
-from .catalog import Catalog
-from .errors import ConversionError
+from tailor_dcp.catalog import Catalog
+from tailor_dcp.errors import ConversionError
+from tailor_dcp.tensors import Readable
+
 from .numbered_state import named
 from .options import Options
 from .sorting import sort
-from .tensors import Readable
 from .torch_file import TorchFile, in_memory, is_torch_file
 
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tailor_dcp.catalog import Catalog
+
 from . import ranks
-from .catalog import Catalog
 from .filling import fill
 from .options import Options
 from .torch_holes import Holes, patch_checksums

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from tailor_dcp import rank_state
+from tailor_dcp.catalog import Catalog
 from tailor_dcp.companions import give_files
+from tailor_dcp.errors import ConversionError, DamagedSourceError
 
-from .catalog import Catalog
-from .errors import ConversionError, DamagedSourceError
 from .hf_files import carried, confined, read_json
 from .options import Options
 from .schedulers import whole_scheduler

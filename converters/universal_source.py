@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from .catalog import STEP, Catalog
-from .errors import ConversionError, DamagedSourceError
+from tailor_dcp.catalog import STEP, Catalog
+from tailor_dcp.errors import ConversionError, DamagedSourceError
+from tailor_dcp.tensors import Given, Readable
+
 from .options import Options
-from .tensors import Given, Readable
 from .torch_file import TorchFile
 from .trainer_folder import is_trainer_folder, trainer_train
 from .universal_target import FOLDER, GROUPS, LATEST, MARK, MODEL, PARAM, WEIGHT, is_name

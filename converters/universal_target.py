@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
+from tailor_dcp.catalog import STEP, Catalog
+from tailor_dcp.errors import ConversionError
+from tailor_dcp.tensors import Readable, Zeros, cast
+
 from . import ranks
-from .catalog import STEP, Catalog
-from .errors import ConversionError
 from .filling import Stretch, fill
 from .options import Options, Progress
 from .schedulers import whole_scheduler
-from .tensors import Readable, Zeros, cast
 from .torch_holes import Holes, patch_checksums
 from .trainer_folder import write_trainer_files
 from .zero_classes import STAND_INS, ZeroStage

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from .tensors import Readable
+from tailor_dcp.tensors import Readable
 
 
 class Strip(NamedTuple):

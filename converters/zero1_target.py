@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .catalog import Catalog
+from tailor_dcp.catalog import Catalog
+
 from .options import Options
 from .zero2_target import Stage12
 from .zero_target import write_zero

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .catalog import Catalog
+from tailor_dcp.catalog import Catalog
+from tailor_dcp.tensors import Readable, cast
+
 from .options import Options
-from .tensors import Readable, cast
 from .torch_holes import Holes
 from .zero_classes import Fragment, ZeroStage
 from .zero_layout import Flat, cut_whole, dealt, gaps_of

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from .catalog import Catalog
+from tailor_dcp.catalog import Catalog
+from tailor_dcp.tensors import cast
+
 from .options import Options
-from .tensors import cast
 from .torch_holes import Holes
 from .zero_classes import ZeroStage
 from .zero_layout import Flat, cut_each, sub_groups

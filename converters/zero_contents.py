@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 import torch
 
 from tailor_dcp import rank_state
+from tailor_dcp.errors import DamagedSourceError
+from tailor_dcp.tensors import Readable
 
-from .errors import DamagedSourceError
 from .options import Options
-from .tensors import Readable
 from .torch_file import TorchFile
 from .zero_classes import STAND_INS
 from .zero_files import ZeroFolder

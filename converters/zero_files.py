@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import ConversionError, DamagedSourceError
+from tailor_dcp.errors import ConversionError, DamagedSourceError
+
 from .hf_files import confined
 
 LATEST = "latest"

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from tailor_dcp import rank_state
+from tailor_dcp.catalog import STEP, Catalog
+from tailor_dcp.errors import ConversionError
+from tailor_dcp.tensors import Readable
 
-from .catalog import STEP, Catalog
-from .errors import ConversionError
 from .options import DTYPES, Options
-from .tensors import Readable
 
 PARAMS = "params"
 _SUB_GROUP = 10**9  # elements; DeepSpeed's default

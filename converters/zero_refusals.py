@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import ConversionError
+from tailor_dcp.errors import ConversionError
 
 _UNIVERSAL = "convert it with DeepSpeed's ds_to_universal.py"
 _GATHER = "have it saved with stage3_gather_16bit_weights_on_model_save, or go on without that option for a save"

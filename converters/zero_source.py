@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from .catalog import Catalog
-from .errors import DamagedSourceError
+from tailor_dcp.catalog import Catalog
+from tailor_dcp.errors import DamagedSourceError
+from tailor_dcp.tensors import Given, Readable
+
 from .options import Options
 from .streams import Part, stream
-from .tensors import Given, Readable
 from .torch_file import in_memory
 from .trainer_folder import is_trainer_folder, trainer_train
 from .zero_classes import LossScaler

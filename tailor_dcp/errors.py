@@ -43,3 +43,11 @@ class NoCheckpointError(TailorError, FileNotFoundError):
 
 class TailorWarning(UserWarning):
     """Training goes on, but something was written that could have been carried, or the like."""
+
+
+class ConversionError(TailorError):
+    """The source cannot be converted as asked; nothing was written."""
+
+
+class DamagedSourceError(ConversionError):
+    """A file of the source is missing, cut off, or contradicts another; nothing was written."""

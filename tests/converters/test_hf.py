@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tailor_dcp.converters.convert import Converted, convert
-from tailor_dcp.converters.errors import ConversionError, DamagedSourceError
 from tailor_dcp.converters.hf_source import open_source, recognise
 from tailor_dcp.converters.options import Options
+from tailor_dcp.errors import ConversionError, DamagedSourceError
 from tests.support.hf_models import FAMILIES, equal, hf, loaded, made
 
 

@@ -15,9 +15,9 @@ import torch.distributed.checkpoint as dcp
 from huggingface_hub import split_torch_state_dict_into_shards
 
 from tailor_dcp.converters.convert import convert
-from tailor_dcp.converters.errors import ConversionError, DamagedSourceError
 from tailor_dcp.converters.hf_source import open_source, recognise
 from tailor_dcp.converters.options import Options
+from tailor_dcp.errors import ConversionError, DamagedSourceError
 from tests.support.hf_models import equal, loaded, made
 
 

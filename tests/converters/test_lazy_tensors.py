@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tailor_dcp.converters.errors import ConversionError
 from tailor_dcp.converters.lazy_tensors import LazyTensor, lazy
-from tailor_dcp.converters.tensors import Given
+from tailor_dcp.errors import ConversionError
+from tailor_dcp.tensors import Given
 
 
 def of(tensor: torch.Tensor, name: str = "a") -> LazyTensor:

@@ -13,9 +13,9 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from tailor_dcp.converters.convert import convert
-from tailor_dcp.converters.errors import ConversionError
 from tailor_dcp.converters.hf_source import open_source, recognise
 from tailor_dcp.converters.options import Options
+from tailor_dcp.errors import ConversionError
 from tests.support.hf_models import equal, made
 
 peft = pytest.importorskip("peft")

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from tailor_dcp.converters.errors import ConversionError, DamagedSourceError
 from tailor_dcp.converters.filling import fill, make_file, whole
 from tailor_dcp.converters.safetensors_file import layout_of, open_safetensors, shards_of
-from tailor_dcp.converters.tensors import Given, Zeros
+from tailor_dcp.errors import ConversionError, DamagedSourceError
+from tailor_dcp.tensors import Given, Zeros
 
 DTYPES = (
     torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8,

@@ -17,9 +17,9 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from tailor_dcp import LayerwisePlanner
 from tailor_dcp.converters import ConversionError, DamagedSourceError, Options, convert
 from tailor_dcp.converters.filling import fill
-from tailor_dcp.converters.tensors import Zeros
 from tailor_dcp.converters.torch_holes import Holes
 from tailor_dcp.converters.torch_source import open_source
+from tailor_dcp.tensors import Zeros
 from tests.support.world import Model, Param, flat, load, save, state
 
 MODEL = Model((Param("model.layers.0.w", (4, 3)), Param("model.layers.1.w", (5,)), Param("lm_head.w", (2, 2))))

@@ -14,10 +14,10 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from tailor_dcp import rank_state
 from tailor_dcp.converters.convert import convert
-from tailor_dcp.converters.errors import ConversionError, DamagedSourceError
 from tailor_dcp.converters.hf_source import open_source
 from tailor_dcp.converters.options import Options
 from tailor_dcp.converters.trainer_folder import trainer_train
+from tailor_dcp.errors import ConversionError, DamagedSourceError
 from tests.support.hf_models import hf, made
 
 pytest.importorskip("accelerate")

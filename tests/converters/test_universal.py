@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from tailor_dcp.catalog import Catalog
 from tailor_dcp.converters import universal_source, universal_target, zero_source
-from tailor_dcp.converters.catalog import Catalog
 from tailor_dcp.converters.convert import convert
-from tailor_dcp.converters.errors import ConversionError, DamagedSourceError
 from tailor_dcp.converters.options import Options
-from tailor_dcp.converters.tensors import Given
+from tailor_dcp.errors import ConversionError, DamagedSourceError
+from tailor_dcp.tensors import Given
 from tests.support.zero_engines import Setup, fleet
 
 pytest.importorskip("deepspeed")

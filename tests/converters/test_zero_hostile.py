@@ -16,10 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailor_dcp.converters.convert import convert
-from tailor_dcp.converters.errors import ConversionError, DamagedSourceError
 from tailor_dcp.converters.options import Options
 from tailor_dcp.converters.zero_source import open_source
-from tailor_dcp.errors import TailorError
+from tailor_dcp.errors import ConversionError, DamagedSourceError, TailorError
 from tests.support.zero_samples import TARGETS, edit, sample
 
 MODEL = "zero_pp_rank_{}_mp_rank_00_model_states.pt"

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from tailor_dcp.converters.convert import convert
-from tailor_dcp.converters.errors import ConversionError
 from tailor_dcp.converters.formats import source_of
 from tailor_dcp.converters.options import Options
 from tailor_dcp.converters.zero_source import open_source
+from tailor_dcp.errors import ConversionError
 from tests.support.zero_cases import check_reading
 from tests.support.zero_engines import Setup
 from tests.support.zero_samples import sample

@@ -15,10 +15,10 @@ import torch
 
 from tailor_dcp import rank_state
 from tailor_dcp.converters.convert import convert
-from tailor_dcp.converters.errors import ConversionError
 from tailor_dcp.converters.options import Options
-from tailor_dcp.converters.tensors import Given
 from tailor_dcp.converters.zero_source import open_source
+from tailor_dcp.errors import ConversionError
+from tailor_dcp.tensors import Given
 from tests.support.zero_cases import check_same
 from tests.support.zero_engines import Setup
 from tests.support.zero_samples import TARGETS, catalog, sample
@@ -279,7 +279,7 @@ def test_a_disk_that_fills_up(limit: int, tmp_path: Path) -> None:
     sample(tmp_path / "run")
     script = (
         "import resource; from tailor_dcp.converters.convert import convert\n"
-        "from tailor_dcp.converters.errors import ConversionError\n"
+        "from tailor_dcp.errors import ConversionError\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
         f"try: convert({str(tmp_path / 'run')!r}, {str(tmp_path / 'out')!r}, 'zero3')\n"
         "except ConversionError as error: print(error)\n"

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from tailor_dcp.catalog import Catalog
 from tailor_dcp.converters import zero1_target, zero2_target, zero3_target
-from tailor_dcp.converters.catalog import Catalog
 from tailor_dcp.converters.options import Options
-from tailor_dcp.converters.tensors import Given
 from tailor_dcp.converters.zero_classes import STAND_INS, pickle_by_name
+from tailor_dcp.tensors import Given
 
 TARGETS = {1: zero1_target, 2: zero2_target, 3: zero3_target}
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .errors import DamagedSourceError
+from tailor_dcp.errors import DamagedSourceError
 
 _OPEN_FILES = 128
 

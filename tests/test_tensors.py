@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tailor_dcp.converters import DamagedSourceError
 from tailor_dcp.converters.streams import Part, stream
-from tailor_dcp.converters.tensors import Cast, Given, Piece, Readable, Stored, Zeros, cast, close_files
+from tailor_dcp.tensors import Cast, Given, Piece, Readable, Stored, Zeros, cast, close_files
 
 
 def written(folder: Path, tensor: torch.Tensor, cuts: list[int]) -> Stored:

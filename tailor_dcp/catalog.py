@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from tailor_dcp.errors import ConversionError
 from tailor_dcp.layers import LayerMap
 from tailor_dcp.names import close, listed, matches
 
-from .errors import ConversionError
 from .tensors import Readable, cast
 
 MODEL = "model."

@@ -1,0 +1,1 @@
+"""Merging: putting a checkpoint together from others, by remapping or by computing."""

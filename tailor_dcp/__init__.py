@@ -13,6 +13,7 @@ from tailor_dcp.layers import LayerMap
 from tailor_dcp.lineage import forget
 from tailor_dcp.load_planner import LayerwiseLoadPlanner
 from tailor_dcp.materialize import materialize
+from tailor_dcp.merge import merge
 from tailor_dcp.open_checkpoint import open_checkpoint
 from tailor_dcp.planner import LayerwisePlanner
 from tailor_dcp.prune import prune
@@ -37,6 +38,7 @@ __all__ = [
     "inspect",
     "latest",
     "materialize",
+    "merge",
     "open_checkpoint",
     "prune",
 ]

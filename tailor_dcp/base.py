@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -25,13 +25,19 @@ from tailor_dcp.selection import Holdings
 class Base:
     """A committed checkpoint, its metadata read and checked.
 
-    ``record`` is None for a checkpoint that a stock planner wrote.
+    ``record`` is None for a checkpoint that a stock planner wrote. ``files`` tells where files are that are not in its
+    folder: those of a checkpoint that was put together in memory, whose sources were checked when they were opened.
     """
 
     location: Location
     save_id: str
     metadata: Metadata
     record: Record | None
+    files: Mapping[str, Path] = field(default_factory=dict)
+
+    def path(self, name: str) -> Path:
+        """Return where the file of a name is."""
+        return self.files.get(name) or self.location.folder / name
 
     @property
     def origin(self) -> Origin:

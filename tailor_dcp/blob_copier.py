@@ -63,7 +63,7 @@ class BlobCopier:
                 copy_range(source, self._target, offset, length, self.advance)
         except SourceError as error:
             raise DamagedCheckpointError(
-                f"{self.base.location.folder / name} cannot be read: {error.strerror}; use another checkpoint."
+                f"{self.base.path(name)} cannot be read: {error.strerror}; use another checkpoint."
             ) from error
         if crc is not None:
             self.crcs.setdefault(file, {})[self._end] = crc
@@ -89,7 +89,7 @@ class BlobCopier:
         if known is not None and crc != known:
             keys = [index.fqn for index, info in self.base.metadata.storage_data.items() if stretch_of(info) == stretch]
             raise DamagedCheckpointError(
-                f"{self.base.location.folder / name} has changed since it was written: the checksum of {keys[0]} "
+                f"{self.base.path(name)} has changed since it was written: the checksum of {keys[0]} "
                 f"differs; merge that layer from another checkpoint."
             )
         self.checked += known is not None
@@ -111,7 +111,7 @@ class BlobCopier:
         if name not in self._sources:
             if len(self._sources) >= _OPEN_FILES:
                 os.close(self._sources.pop(next(iter(self._sources))))
-            path = self.base.location.folder / name
+            path = self.base.path(name)
             try:
                 # A pipe that somebody left there must not make it wait for ever.
                 self._sources[name] = os.open(path, os.O_RDONLY | os.O_NONBLOCK)

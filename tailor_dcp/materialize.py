@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from tailor_dcp.base import Base, open_base
 from tailor_dcp.blob_copier import BlobCopier, DamagedCheckpointError, Stretch, stretch_of
 from tailor_dcp.carry import sync_folder
-from tailor_dcp.collector import collector_off
+from tailor_dcp.commit import commit
 from tailor_dcp.companions import files_of, put_files
 from tailor_dcp.errors import TailorError, UnreadableMetadataError
 from tailor_dcp.inspection import unit_records
@@ -88,8 +87,29 @@ def materialize(
         UnreadableMetadataError: its ``.metadata`` is damaged, or names files outside of its run.
         DamagedCheckpointError: a file is missing or too short, or a checksum differs.
     """
-    target = _new(out)
+    target = new_folder(out)
     base = open_base(Path(checkpoint))
+    return materialize_base(base, target, files_of(base.location.folder), verify, largest_file, progress)
+
+
+def materialize_base(
+    base: Base,
+    target: Path,
+    companions: Mapping[str, Path],
+    verify: bool = True,
+    largest_file: int = LARGEST_FILE,
+    progress: Callable[[int, int], None] | None = None,
+) -> Materialized:
+    """Copy what a checkpoint needs that may so far be nowhere but in memory; see ``materialize``.
+
+    Args:
+        base: the checkpoint.
+        target: the folder to make.
+        companions: the files that it carries along.
+        verify: see ``materialize``.
+        largest_file: see ``materialize``.
+        progress: see ``materialize``.
+    """
     stretches = _stretches(base)
     partial = target.with_name(f".{target.name}.materialize")
     with _partial_folder(partial, target):
@@ -98,15 +118,20 @@ def materialize(
         with closing(copier):
             for stretch in stretches:
                 copier.copy(stretch)
-        put_files(files_of(base.location.folder), partial)
-        _commit(_metadata(base, target, save_id, copier), partial)
+        put_files(companions, partial)
+        commit(_metadata(base, target, save_id, copier), partial)
         partial.rename(target)
         sync_folder(target.parent)
     total = sum(length for _, _, length in stretches)
     return Materialized(str(target), total, copier.files, len(stretches), copier.checked)
 
 
-def _new(out: str | os.PathLike[str]) -> Path:
+def new_folder(out: str | os.PathLike[str]) -> Path:
+    """Return the absolute path of a folder that shall be made.
+
+    Raises:
+        MaterializeError: it exists, or is not local.
+    """
     if is_url(out):
         raise MaterializeError(f"{os.fspath(out)} is on an object store; only a local folder can be written.")
     target = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link that lies there
@@ -156,7 +181,7 @@ def _stretches(base: Base) -> list[Stretch]:
         raise UnreadableMetadataError(f"{source} does not tell where {missing[0]} is stored; nothing was copied.")
     infos = [info for blobs in base.blobs.values() for _, info in blobs]
     for name in dict.fromkeys(info.relative_path for info in infos):
-        if not is_within(base.location.folder / name, base.location.run):
+        if name not in base.files and not is_within(base.location.folder / name, base.location.run):
             raise UnreadableMetadataError(
                 f"{source} names {name}, which lies outside of the run {base.location.run}; nothing was copied."
             )
@@ -207,15 +232,3 @@ def _record(base: Base, save_id: str, crcs: dict[str, dict[int, int]]) -> Record
     )
     # The time stays: it holds an old state, and among the checkpoints of a run must not pass for the newest.
     return replace(old, save_id=save_id, carry="copy", parent=base.origin, crcs=crcs)
-
-
-def _commit(metadata: Metadata, folder: Path) -> None:
-    partial = folder / f"{METADATA}.tmp"
-    with collector_off(), partial.open("wb") as stream:
-        pickle.dump(metadata, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    sync_folder(folder)
-    partial.replace(folder / METADATA)
-    with suppress(OSError):
-        sync_folder(folder)

@@ -10,6 +10,7 @@ import typer
 from tailor_dcp.cli.copy import copy
 from tailor_dcp.cli.inspect import inspect
 from tailor_dcp.cli.materialize import materialize
+from tailor_dcp.cli.merge import merge
 from tailor_dcp.cli.prune import prune
 from tailor_dcp.errors import TailorError
 
@@ -20,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (inspect, materialize, copy, prune):
+for verb in (inspect, merge, materialize, copy, prune):
     app.command()(verb)
 
 

@@ -1,0 +1,133 @@
+"""Merging: a checkpoint put together from others, as a recipe says."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tailor_dcp.location import is_url
+from tailor_dcp.merging.picking import Outcome, pick
+from tailor_dcp.names import listed
+from tailor_dcp.recipes.documents import Document, load
+from tailor_dcp.recipes.errors import RecipeError
+from tailor_dcp.recipes.native import Recipe
+from tailor_dcp.recipes.native_file import native
+
+Progress = Callable[[int, int], None]
+
+TARGETS = ("dcp", "hf", "zero3", "zero2", "zero1")
+"""What a merge can write."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge made.
+
+    Attributes:
+        path: where it is.
+        format: ``dcp``, ``hf`` or one of DeepSpeed's.
+        layers: how many layers it has.
+        sources: the checkpoints that it was made of.
+        linked: files that it shares with them.
+        written: bytes of files that were written.
+        live: bytes of tensors that it holds.
+        notes: what the user should know.
+        seconds: how long it took.
+        peak_memory: the largest amount of memory that the process held, in bytes.
+    """
+
+    path: str
+    format: str
+    layers: int
+    sources: tuple[str, ...]
+    linked: int
+    written: int
+    live: int
+    notes: tuple[str, ...]
+    seconds: float
+    peak_memory: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain builtins, for ``--json``."""
+        return asdict(self)
+
+
+def merge(
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
+    out: str | os.PathLike[str],
+    *,
+    to: str | None = None,
+    materialize: bool = False,
+    seed: int = 0,
+    world_size: int | None = None,
+    allow: tuple[str, ...] = (),
+    progress: Progress | None = None,
+) -> Merged:
+    """Put a checkpoint together.
+
+    Picking, renaming and repeating layers of DCP checkpoints reads no tensor and writes none: the result is a
+    composite whose files are hard links. The recipe is checked as a whole before anything is written; the result
+    appears under its name when it is complete, and no source is changed.
+
+    Args:
+        recipe: a YAML file, or its content as plain data: a native recipe, mergekit's plan, or LLMTailor's.
+        out: what to make; it must not exist.
+        to: ``dcp``, ``hf``, ``zero3``, ``zero2`` or ``zero1``; by default ``hf`` for mergekit's plans of Hugging Face
+            folders and ``dcp`` otherwise.
+        materialize: copy the bytes, so that the result shares no file with its sources.
+        seed: for methods that draw random numbers.
+        world_size: ranks that a ZeRO checkpoint is written for; None for the base's own.
+        allow: classes, as ``module.Class``, that may be unpickled from sources of other formats.
+        progress: is told how many of how many bytes are done.
+
+    Raises:
+        RecipeError: the recipe makes no sense, asks for what its sources do not have, or ``out`` cannot be made.
+        TailorError: a source is damaged or unreadable.
+    """
+    start = time.monotonic()
+    target = _target(out)
+    if to is not None and to not in TARGETS:
+        raise RecipeError(f"{to!r} is nothing that a merge can write; use {listed(TARGETS)}.")
+    if materialize and to not in (None, "dcp"):
+        raise RecipeError(f"--materialize is for DCP results; one in {to} has its own files anyway.")
+    plan = recipe if isinstance(recipe, Recipe) else _read(recipe)
+    done = pick(plan, target, to or "dcp", materialize, world_size, allow, progress or (lambda *_: None))
+    return _merged(done, target, time.monotonic() - start)
+
+
+def _read(recipe: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
+    if isinstance(recipe, Mapping):
+        return native(Document("the recipe", dict(recipe)))
+    return native(load(Path(recipe)))
+
+
+def _target(out: str | os.PathLike[str]) -> Path:
+    if is_url(out):
+        raise RecipeError(f"{os.fspath(out)} is on an object store; a merge writes local folders only.")
+    target = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link that lies there
+    if target.exists() or target.is_symlink():
+        raise RecipeError(f"{target} exists already; name a new folder, or remove it first.")
+    return target
+
+
+def _merged(done: Outcome, target: Path, seconds: float) -> Merged:
+    written = sum(path.stat().st_size for path in target.rglob("*") if path.is_file() and path not in done.shared)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Merged(
+        str(target),
+        done.format,
+        done.layers,
+        done.sources,
+        len(done.shared),
+        written,
+        done.live,
+        done.notes,
+        seconds,
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+    )

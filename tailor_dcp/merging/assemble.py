@@ -1,0 +1,185 @@
+"""Assembling: a merged checkpoint on disk, of files of its sources and next to no bytes of its own."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+
+from tailor_dcp.base import Base
+from tailor_dcp.carry import CARRIED, explain, sync_folder
+from tailor_dcp.commit import commit
+from tailor_dcp.companions import put_files
+from tailor_dcp.crc import crc32
+from tailor_dcp.errors import TailorError
+from tailor_dcp.lineage import new_save_id
+from tailor_dcp.location import locate
+from tailor_dcp.merging.remap import File, Remapped
+from tailor_dcp.metadata.record import ATTRIBUTE
+from tailor_dcp.recipes.errors import RecipeError
+
+
+def assemble(made: Remapped, folder: Path, out: Path, base: Base, step: int | None, files: Mapping[str, Path]) -> int:
+    """Write a composite: link its files, and write ``.metadata`` and the param groups' lists of names.
+
+    Args:
+        made: its metadata.
+        folder: an empty folder to make it in, on the file system of ``out``.
+        out: the name that it will have.
+        base: the recipe's base.
+        step: the result's training step.
+        files: companions: configuration, tokenizer.
+
+    Returns:
+        How many files were linked.
+
+    Raises:
+        RecipeError: a file cannot be linked.
+    """
+    save_id = new_save_id()
+    names = _link(made.files, folder, out)
+    made.place(names)
+    _write_values(made, folder, save_id)
+    put_files(files, folder)
+    for touched in {folder, *((folder / name).parent for name in names.values())}:
+        sync_folder(touched)
+    commit(metadata_of(made, out, save_id, step, base), folder)
+    return len(set(names.values()))
+
+
+def in_memory(made: Remapped, folder: Path, out: Path, base: Base, step: int | None) -> Base:
+    """Return the result as a checkpoint that is nowhere, its files left where they are.
+
+    Args:
+        made: its metadata.
+        folder: an empty folder for param groups' lists of names.
+        out: the name that it will have.
+        base: the recipe's base.
+        step: the result's training step.
+    """
+    save_id = new_save_id()
+    elsewhere = {name: file.path for name, file in made.files.items()}
+    written = _write_values(made, folder, save_id)
+    elsewhere |= {name: folder / name for name in written}
+    metadata = metadata_of(made, out, save_id, step, base)
+    return Base(locate(out), save_id, metadata, made.record(save_id, step, base), elsewhere)
+
+
+def metadata_of(made: Remapped, out: Path, save_id: str, step: int | None, base: Base) -> Metadata:
+    """Return the metadata as DCP pickles it."""
+    metadata = Metadata(
+        state_dict_metadata=made.entries,
+        planner_data=made.paths,
+        storage_data=made.storage,
+        storage_meta=StorageMeta(checkpoint_id=str(out), save_id=save_id),
+        version=base.metadata.version,
+    )
+    setattr(metadata, ATTRIBUTE, made.record(save_id, step, base).to_builtins())
+    return metadata
+
+
+def _link(files: Mapping[str, File], folder: Path, out: Path) -> dict[str, str]:
+    """Link each file into the folder; return their names there."""
+    names: dict[str, str] = {}
+    for name, file in files.items():
+        for home in _homes(file.save_id):
+            new = folder / CARRIED / home / file.path.name
+            try:
+                new.parent.mkdir(parents=True, exist_ok=True)
+                os.link(file.path, new)
+            except FileExistsError:
+                # Two copies of a run hold files of one name, which are not one file.
+                if not os.path.samestat(file.path.stat(), new.stat()):
+                    continue
+            except OSError as error:
+                error.filename = str(file.path)
+                raise RecipeError(
+                    f"{out} cannot be made of links ({explain(error)}); ask for a copy of the bytes with --materialize."
+                ) from error
+            names[name] = new.relative_to(folder).as_posix()
+            break
+    return names
+
+
+def _homes(save_id: str) -> Iterator[str]:
+    """Yield the names of folders for the files of one save: its own, and others if that has another file."""
+    own = save_id if save_id and save_id.replace("-", "").isalnum() else new_save_id()
+    yield own
+    number = 1
+    while True:
+        yield f"{own}-{number}"
+        number += 1
+
+
+def _write_values(made: Remapped, folder: Path, save_id: str) -> list[str]:
+    """Write the entries whose content changes to a file of their own; return its name, if there is one."""
+    if not made.values:
+        return []
+    name, offset = f"__0_{save_id[:8]}_values.distcp", 0
+    with (folder / name).open("xb") as stream:
+        for key, value in made.values.items():
+            data = _saved(value)
+            stream.write(data)
+            made.storage[MetadataIndex(key)] = _StorageInfo(name, offset, len(data))
+            made.crcs.setdefault(name, {})[offset] = crc32(data)
+            offset += len(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return [name]
+
+
+def _saved(value: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+@contextmanager
+def growing(out: Path) -> Iterator[Path]:
+    """Yield a new folder beside the result's name; nothing of it stays unless it was given that name.
+
+    Raises:
+        RecipeError: ``out`` exists, or nothing can be written there.
+    """
+    if out.exists() or out.is_symlink():
+        raise RecipeError(f"{out} exists already; name a new folder, or remove it first.")
+    folder = out.with_name(f".{out.name}.merge")
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # of a merge that was killed
+        folder.mkdir(parents=True)
+        yield folder
+    except OSError as error:
+        if isinstance(error, TailorError):
+            raise
+        raise RecipeError(f"{out} cannot be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def give_name(folder: Path, out: Path) -> None:
+    """Give a complete folder its name, on the disk as well."""
+    folder.rename(out)
+    sync_folder(out.parent)
+
+
+def check_files(files: Iterable[File]) -> None:
+    """Check that every file is there and long enough, opening none.
+
+    Raises:
+        RecipeError: naming one that is not.
+    """
+    for file in files:
+        try:
+            size = file.path.stat().st_size
+        except OSError as error:
+            raise RecipeError(f"{file.path} is missing ({error.strerror}); use another checkpoint.") from error
+        if size < file.size:
+            raise RecipeError(f"{file.path} has {size} bytes where {file.size} are needed; use another checkpoint.")

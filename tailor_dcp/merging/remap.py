@@ -1,0 +1,223 @@
+"""Remapping: the metadata of a merged checkpoint, made of its sources' metadata alone. Pure functions."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import STORAGE_TYPES, BytesStorageMetadata, MetadataIndex
+
+from tailor_dcp.base import Base
+from tailor_dcp.contents import Contents
+from tailor_dcp.merging.param_groups import is_list, renamed_keys, renamed_list
+from tailor_dcp.merging.resolve import Resolved, Slot
+from tailor_dcp.metadata.compose import StorageData
+from tailor_dcp.metadata.record import Origin, Record, UnitRecord
+from tailor_dcp.units import Unit
+
+_OPTIMIZER = re.compile(r"(?:.*\.)?(?:optim\w*|param_groups)(?:\..*)?")
+
+KeyPath = tuple[str | int, ...]
+Read = Callable[[Contents, str], Any]
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a source that the result needs.
+
+    Attributes:
+        path: where it is, symbolic links resolved.
+        save_id: the save that wrote it.
+        size: bytes that it must at least have.
+    """
+
+    path: Path
+    save_id: str
+    size: int
+
+
+@dataclass
+class Remapped:
+    """What the result's metadata says, with files under names of their own until they have a place.
+
+    Attributes:
+        entries: each key with its size, dtype and chunks.
+        paths: each key with the path of its value in the nested state dict.
+        storage: where each chunk is.
+        files: the files that ``storage`` names.
+        values: entries that are written anew, as their names of parameters change.
+        crcs: checksums, by file and offset.
+        units: each unit's origin and keys.
+        narrowed: the training state's dtype of keys that are stored in a narrower one.
+        ties: keys that share one storage.
+        fingerprints: of keys that have one.
+    """
+
+    entries: dict[str, STORAGE_TYPES] = field(default_factory=dict)
+    paths: dict[str, KeyPath] = field(default_factory=dict)
+    storage: StorageData = field(default_factory=dict)
+    files: dict[str, File] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    crcs: dict[str, dict[int, int]] = field(default_factory=dict)
+    units: dict[Unit, UnitRecord] = field(default_factory=dict)
+    narrowed: dict[str, str] = field(default_factory=dict)
+    ties: list[tuple[str, ...]] = field(default_factory=list)
+    fingerprints: dict[str, int] = field(default_factory=dict)
+
+    def place(self, names: Mapping[str, str]) -> None:
+        """Give the files the names that they have in the result's folder."""
+        for info in self.storage.values():  # each is our own
+            info.relative_path = names.get(info.relative_path, info.relative_path)
+        crcs, self.crcs = self.crcs, {}
+        for file, blobs in crcs.items():
+            self.crcs.setdefault(names.get(file, file), {}).update(blobs)
+
+    def record(self, save_id: str, step: int | None, base: Base) -> Record:
+        """Return the result's record: a save of its own, which wrote next to nothing.
+
+        Args:
+            save_id: its id.
+            step: its training step.
+            base: the recipe's base.
+        """
+        return Record(
+            save_id=save_id,
+            step=step,
+            index=max([base.origin.nth, *(held.origin.nth for held in self.units.values())]),
+            time=time.time(),
+            policy="merge",
+            carry="link",
+            parent=base.origin if base.save_id else None,
+            units=self.units,
+            narrowed=self.narrowed,
+            ties=tuple(self.ties),
+            crcs=self.crcs,
+            fingerprints=self.fingerprints,
+        )
+
+
+def remap(resolved: Resolved, sources: Mapping[str, Contents], read: Read) -> Remapped:
+    """Return the metadata of what a recipe puts together.
+
+    Args:
+        resolved: where everything comes from.
+        sources: the checkpoints by the recipe's names for them.
+        read: reads an entry that is no tensor; asked for param groups' lists of names alone, and only where names
+            change.
+    """
+    mapper = _Mapper(sources)
+    for slot in resolved.slots.values():
+        mapper.add_slot(slot)
+    mapper.add_units(resolved)
+    if resolved.train is not None:
+        mapper.add_train(resolved, read)
+    return mapper.made
+
+
+class _Mapper:
+    def __init__(self, sources: Mapping[str, Contents]) -> None:
+        self.made = Remapped()
+        self._sources = sources
+        self._number = {name: number for number, name in enumerate(sources)}
+        self._origins = {name: _origins(contents) for name, contents in sources.items()}
+        self._called: dict[tuple[str, str], list[str]] = {}
+
+    def add_slot(self, slot: Slot) -> None:
+        """Take a parameter, buffer or optimizer state over."""
+        path = self._path(slot.source, slot.held.key)
+        if slot.key != slot.held.key:
+            path = _renamed_path(path, slot.held.fqn, slot.fqn)
+        self._add(slot.source, slot.held.key, slot.key, path)
+        self._called.setdefault((slot.source, slot.held.key), []).append(slot.key)
+
+    def add_units(self, resolved: Resolved) -> None:
+        """Note each unit's origin, and which parameters share one storage."""
+        held: dict[Unit, list[tuple[Origin, str]]] = {}
+        for slot in resolved.slots.values():
+            held.setdefault(slot.unit, []).append((self._origin(slot.source, slot.held.key), slot.key))
+        for unit, found in held.items():
+            oldest = min((origin for origin, _ in found), key=lambda origin: (origin.step or 0, origin.nth))
+            self.made.units[unit] = UnitRecord(oldest, tuple(key for _, key in found))
+        for name, contents in self._sources.items():
+            for tie in contents.base.record.ties if contents.base.record else ():
+                keys = [key for old in tie for key in self._called.get((name, old), ())]
+                if len(keys) > 1:
+                    self.made.ties.append(tuple(keys))
+
+    def add_train(self, resolved: Resolved, read: Read) -> None:
+        """Take over what belongs to no layer."""
+        assert resolved.train is not None
+        name, contents = resolved.train, self._sources[resolved.train]
+        others = [key for key in contents.base.metadata.state_dict_metadata if key not in contents.entries]
+        if not resolved.optimizer:
+            others = [key for key in others if not _is_optimizers(key)]
+        for old, keys in renamed_keys(others, resolved.renamed, resolved.dropped).items():
+            for key in keys:
+                path = self._path(name, old)
+                if key != old:
+                    path = _renamed_path(path, *_differing(old, key, resolved.renamed))
+                if is_list(key) and resolved.renames:
+                    self.made.values[key] = renamed_list(read(contents, key), resolved.renamed, resolved.dropped)
+                    self.made.entries[key], self.made.paths[key] = BytesStorageMetadata(), path
+                else:
+                    self._add(name, old, key, path)
+
+    def _add(self, source: str, old: str, key: str, path: KeyPath) -> None:
+        base, made = self._sources[source].base, self.made
+        made.entries[key], made.paths[key] = base.metadata.state_dict_metadata[old], path
+        for index, info in base.blobs[old]:
+            mine = index if key == old else MetadataIndex(key, index.offset, index.index)
+            file = self._file(source, info, old)
+            made.storage[mine] = _StorageInfo(file, info.offset, info.length, info.transform_descriptors)
+        if base.record is not None:
+            if old in base.record.narrowed:
+                made.narrowed[key] = base.record.narrowed[old]
+            if old in base.record.fingerprints:
+                made.fingerprints[key] = base.record.fingerprints[old]
+
+    def _file(self, source: str, info: _StorageInfo, key: str) -> str:
+        """Return the name of the file that holds a blob, and note what it must have."""
+        contents = self._sources[source]
+        name, end = f"{self._number[source]}/{info.relative_path}", info.offset + info.length
+        known = self.made.files.get(name)
+        if known is None:
+            self.made.files[name] = File(contents.file(info), self._origin(source, key).save_id, end)
+        elif known.size < end:
+            self.made.files[name] = replace(known, size=end)
+        record = contents.base.record
+        crc = record.crcs.get(info.relative_path, {}).get(info.offset) if record else None
+        if crc is not None:
+            self.made.crcs.setdefault(name, {})[info.offset] = crc
+        return name
+
+    def _origin(self, source: str, key: str) -> Origin:
+        return self._origins[source].get(key, self._sources[source].base.origin)
+
+    def _path(self, source: str, key: str) -> KeyPath:
+        paths: Mapping[str, KeyPath] = self._sources[source].base.metadata.planner_data or {}
+        return paths.get(key, (key,))
+
+
+def _origins(contents: Contents) -> dict[str, Origin]:
+    return {key: held.origin for held in contents.units.values() for key in held.keys}
+
+
+def _is_optimizers(key: str) -> bool:
+    return _OPTIMIZER.fullmatch(key) is not None
+
+
+def _differing(old: str, key: str, renamed: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the parameter's name in a key and in what it was renamed to."""
+    return next((fqn, new) for fqn, names in renamed.items() for new in names if old.replace(fqn, new) == key)
+
+
+def _renamed_path(path: KeyPath, old: str, new: str) -> KeyPath:
+    """Return where a value sits when its parameter is called otherwise; layouts keep names whole or within others."""
+    if old in path:
+        return tuple(new if part == old else part for part in path)
+    return tuple(part.replace(old, new) if isinstance(part, str) else part for part in path)

@@ -1,0 +1,90 @@
+"""Reading native recipes: YAML whose every key is checked, into plain data."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from tailor_dcp.names import close, listed
+from tailor_dcp.recipes.documents import Document, Place
+from tailor_dcp.recipes.errors import RecipeError
+from tailor_dcp.recipes.native import KEEP, Recipe, Take
+
+
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+def _as_takes(value: Any) -> Any:
+    return [{"from": one} if isinstance(one, str) else one for one in _as_list(value)]
+
+
+_Names = Annotated[list[str], BeforeValidator(_as_list)]
+
+
+class _Checked(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _Take(_Checked):
+    source: str = Field(alias="from", min_length=1)
+    kinds: Annotated[_Names, Field(min_length=1)] | None = None
+
+
+class _Native(_Checked):
+    base: str = Field(min_length=1)
+    layers: dict[str, Annotated[list[_Take], BeforeValidator(_as_takes), Field(min_length=1)]] = {}
+    rename: dict[str, Annotated[_Names, Field(min_length=1)]] = {}
+    drop: _Names = []
+    train: str | None = None
+    optimizer: str = KEEP
+    max_stale_steps: int | None = Field(default=None, ge=0)
+
+
+def native(document: Document) -> Recipe:
+    """Return the recipe that a document holds.
+
+    Raises:
+        RecipeError: a key is unknown or missing, or a value makes no sense; it names the line.
+    """
+    if not isinstance(document.data, dict):
+        raise RecipeError(f"{document.name} holds no keys, so it is no recipe; write at least a base.")
+    try:
+        held = _Native.model_validate(document.data)
+    except ValidationError as error:
+        raise _said(document, error) from error
+    takes = [
+        Take(layers, take.source, None if take.kinds is None else tuple(take.kinds))
+        for layers, of_layers in held.layers.items()
+        for take in of_layers
+    ]
+    return Recipe(
+        base=held.base,
+        takes=tuple(takes),
+        rename={old: tuple(new) for old, new in held.rename.items()},
+        drop=tuple(held.drop),
+        train=held.train,
+        optimizer=held.optimizer,
+        max_stale_steps=held.max_stale_steps,
+        name=document.name,
+        text=document.text,
+    )
+
+
+def _said(document: Document, error: ValidationError) -> RecipeError:
+    first = error.errors()[0]
+    place: Place = tuple(first["loc"])
+    key = str(place[-1]) if place else ""
+    if first["type"] == "extra_forbidden":
+        known = _keys(_Native if len(place) == 1 else _Take)
+        near = close(key, known, 1)[0]
+        return document.error(place, f"the key {key!r} is unknown; did you mean {near!r}? There are {listed(known)}.")
+    if first["type"] == "missing":
+        return document.error(place, f"there is no {key!r}, the checkpoint that the rest comes from.")
+    words = ".".join(map(str, place))
+    return document.error(place, f"{words} makes no sense: {first['msg'][:1].lower()}{first['msg'][1:]}.")
+
+
+def _keys(model: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in model.model_fields.items()]

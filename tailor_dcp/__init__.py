@@ -17,6 +17,7 @@ from tailor_dcp.merge import merge
 from tailor_dcp.open_checkpoint import open_checkpoint
 from tailor_dcp.planner import LayerwisePlanner
 from tailor_dcp.prune import prune
+from tailor_dcp.reader import LayerwiseReader
 from tailor_dcp.runs import latest
 from tailor_dcp.state import TrainState
 from tailor_dcp.writer import LayerwiseWriter
@@ -29,6 +30,7 @@ __all__ = [
     "LayerMap",
     "LayerwiseLoadPlanner",
     "LayerwisePlanner",
+    "LayerwiseReader",
     "LayerwiseWriter",
     "TailorError",
     "TailorWarning",

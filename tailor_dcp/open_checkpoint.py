@@ -195,6 +195,14 @@ class Checkpoint(Mapping[str, Any]):
         Raises:
             LoadError: it cannot be read, or holds a class that safe loading does not admit.
         """
+        return load_entry(self.stored(key, info), key, str(self._contents.file(info)))
+
+    def stored(self, key: str, info: _StorageInfo) -> io.BytesIO:
+        """Return one of the stretches that an entry is stored in as ``torch.save`` made it.
+
+        Raises:
+            LoadError: it cannot be read.
+        """
         path = self._contents.file(info)
         try:
             with path.open("rb") as stream:
@@ -205,7 +213,7 @@ class Checkpoint(Mapping[str, Any]):
                 raw = io.BytesIO(stored.read())
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise LoadError(f"{path}, which holds {self._contents.described(key)}, cannot be read: {error}.") from error
-        return load_entry(raw, key, str(path))
+        return raw
 
     def _damaged(self, key: str, why: str) -> LoadError:
         return LoadError(

@@ -8,11 +8,8 @@ never on how large the checkpoint is.
 from __future__ import annotations
 
 import math
-import os
-import threading
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,9 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tailor_dcp.errors import DamagedSourceError
+from tailor_dcp.open_files import close_files, read_file
 
-_OPEN_FILES = 128
+__all__ = ["Cast", "Given", "Piece", "Readable", "Stored", "Zeros", "cast", "close_files", "raw_bytes", "read_file"]
 
 
 class Readable(ABC):
@@ -177,69 +174,3 @@ def cast(tensor: Readable, dtype: torch.dtype | None) -> Readable:
     if dtype is None or tensor.dtype == dtype or not tensor.dtype.is_floating_point:
         return tensor
     return Cast(tensor, dtype)
-
-
-def read_file(path: Path, offset: int, into: memoryview) -> None:
-    """Fill ``into`` with a file's bytes from ``offset`` on.
-
-    Raises:
-        DamagedSourceError: the file is gone, ends before, or cannot be read.
-    """
-    with _files.use(path) as file:
-        while into:
-            try:
-                count = os.preadv(file.descriptor, [into], offset)
-            except OSError as error:
-                raise DamagedSourceError(f"{path} cannot be read: {error.strerror}; copy it anew.") from error
-            if not count:
-                raise DamagedSourceError(f"{path} ends before byte {offset + len(into)}; copy it anew.")
-            into, offset = into[count:], offset + count
-
-
-class _OpenFile:
-    """A file that several threads read; closed when the last has let go of it after it was dropped."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            # A pipe that somebody left there must not make it wait for ever.
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
-            raise DamagedSourceError(f"{path} cannot be opened: {error.strerror}.") from error
-
-    def __enter__(self) -> _OpenFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stay open: the pool, or nobody, refers to it; ``__del__`` closes."""
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
-
-
-class _Files:
-    """Keeps files open that are read again and again, and not more of them than a process may have."""
-
-    def __init__(self) -> None:
-        self._open: OrderedDict[Path, _OpenFile] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def use(self, path: Path) -> _OpenFile:
-        with self._lock:
-            file = self._open.pop(path, None) or _OpenFile(path)
-            self._open[path] = file
-            if len(self._open) > _OPEN_FILES:
-                self._open.popitem(last=False)
-            return file
-
-    def close(self) -> None:
-        with self._lock:
-            self._open.clear()
-
-
-_files = _Files()
-
-
-def close_files() -> None:
-    """Close the files that reading has left open."""
-    _files.close()

@@ -148,10 +148,18 @@ def save(group: Any, layout: str, model: Model, step: int, path: str) -> None:
     dcp.save(held, checkpoint_id=path, planner=LayerwisePlanner("parity"), process_group=group)
 
 
-def load(group: Any, layout: str, model: Model, path: str) -> dict[str, Any]:
-    """Load with torch alone into zeros in the same layout; return what this rank has a part of, whole."""
+def load(group: Any, layout: str, model: Model, path: str, ours: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Load into zeros in the same layout; return what this rank has a part of, whole.
+
+    With torch alone, or with options for our reader.
+    """
     target = state(group, layout, model, 0, empty=True)
-    dcp.load(target, checkpoint_id=path, process_group=group)
+    if ours is None:
+        dcp.load(target, checkpoint_id=path, process_group=group)
+    else:
+        from tailor_dcp import LayerwiseReader
+
+        dcp.load(target, storage_reader=LayerwiseReader(path, process_group=group, **ours), process_group=group)
     for held in (target["model"], *target["optim"]["state"].values()):
         for key, value in list(held.items()):
             if isinstance(value, DTensor) and value.device_mesh.get_coordinate() is None:

@@ -1,0 +1,93 @@
+"""Open files: kept open while they are read again and again, and never more than a process may have."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+from tailor_dcp.errors import DamagedSourceError
+
+_OPEN_FILES = 128
+
+
+def read_file(path: Path, offset: int, into: memoryview) -> None:
+    """Fill ``into`` with a file's bytes from ``offset`` on.
+
+    Raises:
+        DamagedSourceError: the file is gone, ends before, or cannot be read.
+    """
+    read_all_into(path, offset, [into])
+
+
+def read_all_into(path: Path, offset: int, into: Sequence[memoryview]) -> None:
+    """Fill several stretches of memory with a file's bytes from ``offset`` on, one after the other.
+
+    Raises:
+        DamagedSourceError: the file is gone, ends before, or cannot be read.
+    """
+    with _files.use(path) as file:
+        rest = list(into)
+        while rest:
+            try:
+                count = os.preadv(file.descriptor, rest, offset)
+            except OSError as error:
+                raise DamagedSourceError(f"{path} cannot be read: {error.strerror}; copy it anew.") from error
+            if not count:
+                raise DamagedSourceError(f"{path} ends before byte {offset + sum(map(len, rest))}; copy it anew.")
+            offset += count
+            while rest and count >= len(rest[0]):
+                count -= len(rest.pop(0))
+            if count:
+                rest[0] = rest[0][count:]
+
+
+class _OpenFile:
+    """A file that several threads read; closed when the last has let go of it after it was dropped."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            # A pipe that somebody left there must not make it wait for ever.
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise DamagedSourceError(f"{path} cannot be opened: {error.strerror}.") from error
+
+    def __enter__(self) -> _OpenFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stay open: the pool, or nobody, refers to it; ``__del__`` closes."""
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+class _Files:
+    """Keeps files open that are read again and again, and not more of them than a process may have."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[Path, _OpenFile] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def use(self, path: Path) -> _OpenFile:
+        with self._lock:
+            file = self._open.pop(path, None) or _OpenFile(path)
+            self._open[path] = file
+            if len(self._open) > _OPEN_FILES:
+                self._open.popitem(last=False)
+            return file
+
+    def close(self) -> None:
+        with self._lock:
+            self._open.clear()
+
+
+_files = _Files()
+
+
+def close_files() -> None:
+    """Close the files that reading has left open."""
+    _files.close()

@@ -1,0 +1,102 @@
+"""Raw blobs: where, within what ``torch.save`` wrote of one tensor, the tensor's own bytes lie.
+
+A DCP blob is a zip archive of stored records; one of them has the tensor's bytes exactly as they are in memory, and
+the first is the pickle that says its shape and dtype. All before the bytes is the same for all tensors of one shape and
+dtype, so each such head is interpreted once.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch._weights_only_unpickler import Unpickler
+
+HEAD = 4096
+"""Bytes from a blob's start within which its tensor's bytes begin; torch's own heads have some 700."""
+
+_LOCAL = struct.Struct("<4s22xHH")  # signature; lengths of name and extra field
+_SIGNATURE = b"PK\x03\x04"
+_RECORD = b"/data/0"
+
+
+class Plain(NamedTuple):
+    """A tensor whose elements lie in a blob in row-major order, without gaps.
+
+    Attributes:
+        start: the byte of the blob where they start.
+        shape: the tensor's shape.
+        dtype: its dtype.
+    """
+
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of all elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def plain(head: bytes, length: int) -> Plain | None:
+    """Return what a blob holds.
+
+    Args:
+        head: the first ``HEAD`` bytes of the blob, or all of it.
+        length: bytes of the blob.
+
+    Returns:
+        None if it is anything but one plain contiguous tensor that has elements.
+    """
+    start = _record_start(head)
+    if start is None:
+        return None
+    found = _interpreted(head[:start])
+    return found if found is not None and 0 < found.bytes <= length - start else None
+
+
+def _record_start(head: bytes) -> int | None:
+    """Return where the first record begins that is named as a tensor's data."""
+    at = head.find(_SIGNATURE)
+    while 0 <= at <= len(head) - _LOCAL.size:
+        _, name, extra = _LOCAL.unpack_from(head, at)
+        end = at + _LOCAL.size + name
+        if head[at + _LOCAL.size : end].endswith(_RECORD):
+            return end + extra if end + extra <= len(head) else None
+        at = head.find(_SIGNATURE, end)
+    return None
+
+
+@lru_cache(maxsize=1 << 14)
+def _interpreted(head: bytes) -> Plain | None:
+    """Interpret the pickle that an archive begins with; nothing in it is run."""
+    if not head.startswith(_SIGNATURE):
+        return None
+    _, name, extra = _LOCAL.unpack_from(head)
+    if not head[_LOCAL.size : _LOCAL.size + name].endswith(b"/data.pkl"):
+        return None
+    keys: list[str] = []
+    try:
+        unpickler: Any = Unpickler(io.BytesIO(head[_LOCAL.size + name + extra :]), encoding="utf-8")
+        unpickler.persistent_load = lambda saved: _storage(saved, keys)
+        tensor = unpickler.load()
+    except Exception:  # a head that is cut off, or damaged, can lead to anything; the stock way says what it is
+        return None
+    whole = type(tensor) is torch.Tensor and tensor.is_contiguous() and tensor.storage_offset() == 0
+    if not whole or keys != ["0"] or tensor.is_conj() or tensor.is_neg():
+        return None
+    return Plain(len(head), tuple(tensor.shape), tensor.dtype)
+
+
+def _storage(saved: Any, keys: list[str]) -> torch.storage.TypedStorage:
+    """Return a storage without memory for what a pickle says of one."""
+    _, kind, key, _, count = saved
+    keys.append(key)
+    dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+    memory = torch.UntypedStorage(count * dtype.itemsize, device="meta")  # type: ignore[no-untyped-call]
+    return torch.storage.TypedStorage(wrap_storage=memory, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]

@@ -24,14 +24,22 @@ class Contents:
 
     Attributes:
         base: the checkpoint.
-        units: its units, in the model's order.
     """
 
     def __init__(self, base: Base) -> None:
         self.base = base
-        self.units: dict[Unit, UnitRecord] = unit_records(base)
-        self._unit_of = {key: unit for unit, held in self.units.items() for key in held.keys}
         self._paths: dict[str, Path] = {}
+
+    # Found when they are first asked for: a fast load asks only if something is wrong.
+
+    @cached_property
+    def units(self) -> dict[Unit, UnitRecord]:
+        """Its units, in the model's order."""
+        return unit_records(self.base)
+
+    @cached_property
+    def _unit_of(self) -> dict[str, Unit]:
+        return {key: unit for unit, held in self.units.items() for key in held.keys}
 
     @property
     def folder(self) -> Path:

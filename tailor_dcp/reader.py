@@ -56,7 +56,7 @@ class LayerwiseReader(StorageReader):
         super().__init__()
         self.path = _local(path)
         self.verify, self.atomic, self.cast = verify, atomic, cast
-        self.threads = threads or min(4, os.cpu_count() or 1)
+        self.threads = threads or min(4, _cores())
         self.process_group = process_group
         self._metadata: Metadata | None = None
         self._load_id = str(uuid.uuid4())
@@ -199,6 +199,11 @@ class LayerwiseReader(StorageReader):
                 f"dict; pass cast=True to convert it."
             )
         return Read(item, info, target, _chunk_shape(item, stored), dtype)
+
+
+def _cores() -> int:
+    """Return how many cores this process may use, which can be fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _local(path: str | os.PathLike[str]) -> Path:

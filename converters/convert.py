@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import resource
 import shutil
@@ -19,6 +18,7 @@ from tailor_dcp.catalog import Catalog, in_dtype, only_layers, weights_only
 from tailor_dcp.errors import ConversionError, TailorError
 from tailor_dcp.layers import LayerMap
 from tailor_dcp.location import is_url
+from tailor_dcp.locks import Lock
 from tailor_dcp.tensors import close_files
 
 from . import ranks
@@ -194,7 +194,8 @@ def _check(catalog: Catalog, target: Target, final: Path) -> None:
 def _complete_or_absent(place: Path, final: Path) -> Iterator[None]:
     """Give the result its name once all ranks have written it; leave nothing of it if one fails."""
     first = ranks.rank() == 0
-    lock = _Lock(place.with_name(f"{place.name}.lock"), final)
+    busy = ConversionError(f"Another conversion is writing {final}; wait for it, or name another folder.")
+    lock = Lock(place.with_name(f"{place.name}.lock"), busy)
 
     def prepare() -> None:
         if first:
@@ -222,47 +223,6 @@ def _complete_or_absent(place: Path, final: Path) -> Iterator[None]:
     finally:
         lock.release()
     close_files()
-
-
-class _Lock:
-    """Keeps two conversions from writing one result: the second would remove what the first has written.
-
-    Args:
-        path: a file beside the result; the lock itself ends with the process, whatever happens to that.
-        final: the result's name, for messages.
-    """
-
-    def __init__(self, path: Path, final: Path) -> None:
-        self._path, self._final = path, final
-        self._descriptor: int | None = None
-
-    @property
-    def taken(self) -> bool:
-        """Whether it is ours."""
-        return self._descriptor is not None
-
-    def take(self) -> None:
-        """Take it.
-
-        Raises:
-            ConversionError: another conversion has it.
-        """
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise ConversionError(
-                f"Another conversion is writing {self._final}; wait for it, or name another folder."
-            ) from error
-        self._descriptor = descriptor
-
-    def release(self) -> None:
-        """Give it back."""
-        if self._descriptor is not None:
-            self._path.unlink(missing_ok=True)
-            os.close(self._descriptor)
-            self._descriptor = None
 
 
 def _remove(place: Path) -> None:

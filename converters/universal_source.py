@@ -160,7 +160,7 @@ def _contents(folder: Path, options: Options) -> tuple[ZeroContents, _Globals]:
     # A model that is in one file for all ranks is laid out as ZeRO-1 and 2 do it, whatever the stage was.
     common = _Globals(folder / FOLDER / GROUPS, options, 2 if whole else 3)
     place = ZeroFolder(folder, folder.parent, folder.name, {}, dict(enumerate(paths)), not whole)
-    return ZeroContents(place, [common] * world, model, ()), common
+    return ZeroContents(place, [common] * world, model, {}), common
 
 
 @dataclass(frozen=True)

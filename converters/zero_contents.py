@@ -20,6 +20,7 @@ from .torch_file import TorchFile
 from .zero_classes import STAND_INS
 from .zero_files import ZeroFolder
 from .zero_layout import Counts, Flat, cut_each, cut_whole
+from .zero_partial import is_partial, numbers_of
 from .zero_refusals import check_config, check_model, check_optimizer
 
 T = TypeVar("T")
@@ -98,19 +99,24 @@ class OptimFile:
         return entry(self.zero, name, Mapping, self.path)  # type: ignore[type-abstract]
 
     @cached_property
-    def weights(self) -> list[Readable]:
-        """This rank's part of each flat stream."""
+    def weights(self) -> dict[int, Readable]:
+        """This rank's part of each flat stream, by the stream's number; a partial checkpoint has some of them."""
         name = "fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"
         flats = entry(self.zero, name, Sequence, self.path)  # type: ignore[type-abstract]
         if not all(isinstance(flat, torch.Tensor) for flat in flats):
             raise DamagedSourceError(f"{self.path} has something else than tensors in {name!r}; copy it anew.")
-        return [self._file.stored(flat) for flat in flats]
+        numbers = numbers_of(self.path, self.groups, len(flats)) if self.stage == 3 else range(len(flats))
+        return {number: self._file.stored(flat) for number, flat in zip(numbers, flats, strict=True)}
+
+    @property
+    def states(self) -> Mapping[Any, Any]:
+        """The optimizer's states by stream."""
+        return entry(self._optimizer, "state", Mapping, self.path)  # type: ignore[type-abstract]
 
     @cache  # noqa: B019 - it lives as long as the file's map anyway
     def state(self, number: int) -> tuple[dict[str, Readable], dict[str, Any]]:
         """Return the optimizer's state of a stream: what has a value for each element, and what has a single one."""
-        states = entry(self._optimizer, "state", Mapping, self.path)  # type: ignore[type-abstract]
-        held = states.get(number, {})
+        held = self.states.get(number, {})
         if not isinstance(held, Mapping):
             raise DamagedSourceError(f"{self.path} has no optimizer state as DeepSpeed writes it; copy it anew.")
         spread = {k: self._file.stored(v) for k, v in held.items() if isinstance(v, torch.Tensor) and v.dim()}
@@ -199,13 +205,13 @@ class ZeroContents:
         folder: where they are.
         optim: the optimizer's files, by rank.
         model: the model's files, by rank; a single one for ZeRO-1 and 2.
-        flats: for each flat stream which elements of which parameter each rank has.
+        flats: for each flat stream that was saved which elements of which parameter each rank has, by its number.
     """
 
     folder: ZeroFolder
     optim: Sequence[OptimFile]
     model: Sequence[ModelFile]
-    flats: Sequence[Flat]
+    flats: Mapping[int, Flat]
 
     @property
     def stage(self) -> int:
@@ -216,6 +222,11 @@ class ZeroContents:
     def world(self) -> int:
         """How many ranks there were."""
         return len(self.optim)
+
+    @property
+    def partial(self) -> bool:
+        """Whether it holds some of its run's parameters only."""
+        return 0 < len(self.flats) < len(self.model[0].shapes)
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -291,12 +302,12 @@ def _ordered(shapes: Sequence[Shapes]) -> list[list[tuple[str, torch.Size]]]:
 
 
 def _check_same_step(file: OptimFile, first: OptimFile) -> None:
-    if len(file.weights) != len(first.weights):
+    if file.weights.keys() != first.weights.keys():
         raise DamagedSourceError(
             f"{file.path} has {len(file.weights)} flat groups and {first.path.name} has {len(first.weights)}; copy the "
             f"folder anew."
         )
-    for number in range(len(first.weights)):
+    for number in first.weights:
         (spread, mine), (others, its) = file.state(number), first.state(number)
         if spread.keys() != others.keys() or mine.keys() != its.keys():
             raise DamagedSourceError(
@@ -318,16 +329,20 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
 
 
-def _flats(optim: OptimFile, model: ModelFile, world: int) -> list[Flat]:
-    if len(model.shapes) != len(optim.weights):
+def _flats(optim: OptimFile, model: ModelFile, world: int) -> dict[int, Flat]:
+    shapes, numbers = model.shapes, list(optim.weights)
+    if len(numbers) != len(shapes) and not (optim.stage == 3 and is_partial(numbers, optim.states, shapes)):
         raise DamagedSourceError(
-            f"{model.path} tells of {len(model.shapes)} groups of parameters and {optim.path.name} has "
-            f"{len(optim.weights)}; copy the folder anew."
+            f"{model.path} tells of {len(shapes)} groups of parameters and {optim.path.name} has {len(numbers)}; copy "
+            f"the folder anew."
         )
-    counts = [[(fqn, math.prod(size)) for fqn, size in shapes.items()] for shapes in model.shapes]
+    if any(number >= len(shapes) for number in numbers):
+        raise DamagedSourceError(f"{optim.path} has param groups of other parameters; copy it anew.")
+    counts = [[(fqn, math.prod(size)) for fqn, size in group.items()] for group in shapes]
     if optim.stage == 3:
-        return [cut_each(group, world) for group in counts]
-    return [cut_whole(group, world, gaps) for group, gaps in zip(counts, _gaps(optim, counts), strict=True)]
+        return {number: cut_each(counts[number], world) for number in numbers}
+    gaps = _gaps(optim, counts)
+    return {number: cut_whole(group, world, gaps[number]) for number, group in enumerate(counts)}
 
 
 def _gaps(optim: OptimFile, counts: Sequence[Counts]) -> list[list[int]]:
@@ -343,10 +358,10 @@ def _gaps(optim: OptimFile, counts: Sequence[Counts]) -> list[list[int]]:
     return list(told)
 
 
-def _check_lengths(file: OptimFile, flats: Sequence[Flat], rank: int) -> None:
+def _check_lengths(file: OptimFile, flats: Mapping[int, Flat], rank: int) -> None:
     """Make sure that streams are as long as the shapes say: the weights may or may not have the padding at the end."""
-    for number, (flat, weights) in enumerate(zip(flats, file.weights, strict=True)):
-        for kind, stream in {"weights": weights, **file.state(number)[0]}.items():
+    for number, flat in flats.items():
+        for kind, stream in {"weights": file.weights[number], **file.state(number)[0]}.items():
             if len(stream.size) != 1 or stream.count not in (flat.length, flat.filled[rank]):
                 raise DamagedSourceError(
                     f"{file.path} has {stream.count} elements of flat group {number} ({kind}) where the shapes of its "

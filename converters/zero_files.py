@@ -16,6 +16,7 @@ OPTIM = re.compile(r"(?P<prefix>bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_
 MODEL3 = re.compile(r"zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<mp>\d+)_model_states\.pt")
 MODEL12 = re.compile(r"mp_rank_(?P<mp>\d+)_model_states\.pt")
 _STEP = re.compile(r"global_step\d+")
+_TRAINER = re.compile(r"checkpoint-(\d+)")
 _UNREAD = (
     (re.compile(r"(layer_\d+_)?expert_\d+_mp_rank_\d+_\w+\.pt|expp_rank_\d+_mp_rank_\d+_\w+\.pt"),
      "expert files (MoE)", "convert it with DeepSpeed's ds_to_universal.py"),
@@ -59,7 +60,8 @@ def find(path: Path, tag: str | None = None) -> ZeroFolder:
 
     Args:
         path: its folder, or the one around it.
-        tag: its name in the folder around it; what ``latest`` names by default.
+        tag: its name in the folder around it. By default, in the Trainer's ``checkpoint-N``, the one of step N, or of
+            N-1 as some versions count; elsewhere what ``latest`` names, or the only one.
 
     Raises:
         ConversionError: there is none, it cannot be told which of several, or it is of a kind that is not read.
@@ -68,7 +70,7 @@ def find(path: Path, tag: str | None = None) -> ZeroFolder:
     if tag is None and _is_checkpoint(path):
         return _files(path, path.parent)
     root = path.parent if _is_checkpoint(path) else path
-    name = tag or _latest(root) or _only(root)
+    name = tag or _of_step(root) or _latest(root) or _only(root)
     folder = root / name
     if not is_name(name) or not folder.is_dir():
         raise ConversionError(
@@ -85,6 +87,14 @@ def is_name(tag: str) -> bool:
 
 def _named(root: Path, tag: str | None) -> str:
     return "" if tag else f", which {root / LATEST} names"
+
+
+def _of_step(root: Path) -> str | None:
+    """Return the checkpoint that the Trainer's name of a folder means; ``latest`` may be another folder's copy."""
+    trainer = _TRAINER.fullmatch(root.absolute().name)
+    step = int(trainer[1]) if trainer else 0
+    names = (f"global_step{step}", f"global_step{step - 1}") if trainer else ()
+    return next((name for name in names if (root / name).is_dir() and _is_checkpoint(root / name)), None)
 
 
 def _only(root: Path) -> str:

@@ -22,6 +22,7 @@ from .zero_classes import LossScaler
 from .zero_contents import ZeroContents, count_in, read
 from .zero_files import find, recognise  # noqa: F401 - the entry point of this module
 from .zero_layout import part_of, undealt
+from .zero_partial import note_of
 
 _ENGINE = frozenset({
     "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
@@ -85,7 +86,9 @@ def _weights(contents: ZeroContents) -> dict[str, Readable]:
 
 
 def _trained(contents: ZeroContents) -> Iterator[tuple[int, str]]:
-    return ((number, fqn) for number, shapes in enumerate(contents.model[0].shapes) for fqn in shapes)
+    shapes = contents.model[0].shapes
+    numbers = contents.flats if contents.partial else range(len(shapes))
+    return ((number, fqn) for number in numbers for fqn in shapes[number])
 
 
 def _cut(contents: ZeroContents, number: int, fqn: str, kind: str | None) -> Readable:
@@ -225,9 +228,13 @@ def _dtype(contents: ZeroContents) -> str:
 
 
 def _notes(contents: ZeroContents) -> tuple[str, ...]:
+    notes = []
+    if contents.partial:
+        everything = [fqn for shapes in contents.model[0].shapes for fqn in shapes]
+        notes.append(note_of(contents.folder.folder, (fqn for _, fqn in _trained(contents)), everything))
     if contents.model[0].frozen is None and contents.stage > 1:
-        return (
+        notes.append(
             "It was saved without frozen parameters (exclude_frozen_parameters), so those of the model, if it has any, "
-            "are missing.",
+            "are missing."
         )
-    return ()
+    return tuple(notes)

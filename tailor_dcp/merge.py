@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from tailor_dcp.location import is_url
+from tailor_dcp.merging.computing import compute
 from tailor_dcp.merging.picking import Outcome, pick
+from tailor_dcp.merging.sources import Opener
 from tailor_dcp.names import listed
+from tailor_dcp.recipes import llmtailor, mergekit_schema
 from tailor_dcp.recipes.documents import Document, load
 from tailor_dcp.recipes.errors import RecipeError
+from tailor_dcp.recipes.mergekit_data import Plan
 from tailor_dcp.recipes.native import Recipe
 from tailor_dcp.recipes.native_file import native
 
@@ -23,6 +27,9 @@ Progress = Callable[[int, int], None]
 
 TARGETS = ("dcp", "hf", "zero3", "zero2", "zero1")
 """What a merge can write."""
+
+_PLANS = frozenset({"merge_method", "models", "slices", "modules", "experts", "genome", "merges"})
+"""Keys that mergekit's documents have, some of which are of those that are refused by name."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +66,12 @@ class Merged:
 
 
 def merge(
-    recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe | Plan,
     out: str | os.PathLike[str],
     *,
     to: str | None = None,
     materialize: bool = False,
-    seed: int = 0,
+    seed: int | None = None,
     world_size: int | None = None,
     allow: tuple[str, ...] = (),
     progress: Progress | None = None,
@@ -72,8 +79,9 @@ def merge(
     """Put a checkpoint together.
 
     Picking, renaming and repeating layers of DCP checkpoints reads no tensor and writes none: the result is a
-    composite whose files are hard links. The recipe is checked as a whole before anything is written; the result
-    appears under its name when it is complete, and no source is changed.
+    composite whose files are hard links. Everything else is computed and written tensor by tensor. The recipe is
+    checked as a whole before anything is written; the result appears under its name when it is complete, and no source
+    is changed.
 
     Args:
         recipe: a YAML file, or its content as plain data: a native recipe, mergekit's plan, or LLMTailor's.
@@ -81,7 +89,7 @@ def merge(
         to: ``dcp``, ``hf``, ``zero3``, ``zero2`` or ``zero1``; by default ``hf`` for mergekit's plans of Hugging Face
             folders and ``dcp`` otherwise.
         materialize: copy the bytes, so that the result shares no file with its sources.
-        seed: for methods that draw random numbers.
+        seed: fixes what methods draw that draw random numbers; None to draw it and tell it in a note.
         world_size: ranks that a ZeRO checkpoint is written for; None for the base's own.
         allow: classes, as ``module.Class``, that may be unpickled from sources of other formats.
         progress: is told how many of how many bytes are done.
@@ -90,21 +98,28 @@ def merge(
         RecipeError: the recipe makes no sense, asks for what its sources do not have, or ``out`` cannot be made.
         TailorError: a source is damaged or unreadable.
     """
-    start = time.monotonic()
+    start, tell = time.monotonic(), progress or (lambda *_: None)
     target = _target(out)
     if to is not None and to not in TARGETS:
         raise RecipeError(f"{to!r} is nothing that a merge can write; use {listed(TARGETS)}.")
     if materialize and to not in (None, "dcp"):
         raise RecipeError(f"--materialize is for DCP results; one in {to} has its own files anyway.")
-    plan = recipe if isinstance(recipe, Recipe) else _read(recipe)
-    done = pick(plan, target, to or "dcp", materialize, world_size, allow, progress or (lambda *_: None))
+    plan = recipe if isinstance(recipe, Recipe | Plan) else _read(recipe, allow)
+    if isinstance(plan, Plan):
+        done = compute(plan, target, to, materialize, world_size, allow, seed, tell)
+    else:
+        done = pick(plan, target, to or "dcp", materialize, world_size, allow, tell)
     return _merged(done, target, time.monotonic() - start)
 
 
-def _read(recipe: str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
-    if isinstance(recipe, Mapping):
-        return native(Document("the recipe", dict(recipe)))
-    return native(load(Path(recipe)))
+def _read(recipe: str | os.PathLike[str] | Mapping[str, Any], allow: tuple[str, ...]) -> Recipe | Plan:
+    """Read a recipe of any of the three kinds."""
+    document = Document("the recipe", dict(recipe)) if isinstance(recipe, Mapping) else load(Path(recipe))
+    if llmtailor.is_plan(document.data):
+        return llmtailor.translate(document, Opener(allow).index)
+    if isinstance(document.data, dict) and _PLANS & document.data.keys():
+        return mergekit_schema.parse(document.data, document.where, name=document.name, text=document.text)
+    return native(document)
 
 
 def _target(out: str | os.PathLike[str]) -> Path:

@@ -6,12 +6,11 @@ from typing import Annotated
 
 import typer
 
+from tailor_dcp.cli.merge_forms import Asked, recipe_of
 from tailor_dcp.cli.output import print_json, say, size
 from tailor_dcp.cli.progress import progress_bar
 from tailor_dcp.merge import Merged
 from tailor_dcp.merge import merge as run_merge
-from tailor_dcp.recipes.errors import RecipeError
-from tailor_dcp.recipes.native import KEEP, Recipe, Take
 
 
 def merge(
@@ -24,7 +23,10 @@ def merge(
             show_default=False,
         ),
     ],
-    base: Annotated[str | None, typer.Option(help="Without a recipe: where everything comes from.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Where everything comes from that --take does not name; with --method the base model."),
+    ] = None,
     take: Annotated[
         list[str] | None, typer.Option(help="With --base: LAYERS=SOURCE, a glob of layers and where they come from.")
     ] = None,
@@ -37,11 +39,17 @@ def merge(
         str | None, typer.Option(help="keep, drop, average, or the source that all moments come from.")
     ] = None,
     max_stale_steps: Annotated[int | None, typer.Option(help="With --base: refuse layers that are older.")] = None,
+    method: Annotated[str | None, typer.Option(help="Merge whole models, given with --models, by this method.")] = None,
+    models: Annotated[bool, typer.Option("--models", help="With --method: the models follow, and OUT.")] = False,
+    weights: Annotated[str | None, typer.Option(help="With --method: a weight for each model, as 0.5,0.3,0.2.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="With --method: NAME=VALUE, a parameter of the method.")
+    ] = None,
+    flags: Annotated[str | None, typer.Option(help="A flag log: the newest saved copy of each layer of RUN.")] = None,
+    at: Annotated[int | None, typer.Option(help="With --flags: the step that nothing may be newer than.")] = None,
     to: Annotated[str | None, typer.Option(help="dcp, hf, zero3, zero2 or zero1.")] = None,
-    materialize: Annotated[
-        bool, typer.Option("--materialize", help="Copy the bytes, link no file.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="For methods that draw random numbers.")] = 0,
+    materialize: Annotated[bool, typer.Option("--materialize", help="Copy the bytes, link no file.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Fixes what methods draw that draw random numbers.")] = None,
     world_size: Annotated[int | None, typer.Option(help="Ranks that a ZeRO checkpoint is written for.")] = None,
     allow: Annotated[list[str] | None, typer.Option(help="A class that may be unpickled, as module.Class.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
@@ -51,12 +59,22 @@ def merge(
     Layers of DCP checkpoints are taken by metadata alone: no tensor is read or written.
     """
     *before, out = arguments
-    if base is not None:
-        recipe: str | Recipe = _short(before, base, take, rename, drop, train, optimizer, max_stale_steps)
-    elif len(before) == 1:
-        recipe = before[0]
-    else:
-        raise RecipeError("Give a recipe and the folder to make, or --base with --take and the folder to make.")
+    asked = Asked(
+        base=base,
+        take=take or (),
+        rename=rename or (),
+        drop=drop or (),
+        train=train,
+        optimizer=optimizer,
+        max_stale_steps=max_stale_steps,
+        method=method,
+        models=models,
+        weights=weights,
+        settings=settings or (),
+        flags=flags,
+        at=at,
+    )
+    recipe = recipe_of(before, asked, tuple(allow or ()))
     with progress_bar("merging") as progress:
         done = run_merge(
             recipe,
@@ -72,37 +90,6 @@ def merge(
         print_json(done.to_dict())
     else:
         _show(done)
-
-
-def _short(
-    before: list[str],
-    base: str,
-    take: list[str] | None,
-    rename: list[str] | None,
-    drop: list[str] | None,
-    train: str | None,
-    optimizer: str | None,
-    max_stale_steps: int | None,
-) -> Recipe:
-    """Return the recipe that options spell out."""
-    if before:
-        raise RecipeError(
-            f"With --base there is no recipe file, so {before[0]!r} has no meaning; give the folder alone."
-        )
-    renames: dict[str, tuple[str, ...]] = {}
-    for text in rename or ():
-        old, new = _pair(text, "--rename", "OLD=NEW")
-        renames[old] = (*renames.get(old, ()), new)
-    takes = tuple(Take(*_pair(text, "--take", "LAYERS=SOURCE")) for text in take or ())
-    chosen = optimizer or KEEP
-    return Recipe(base, takes, renames, tuple(drop or ()), train, chosen, max_stale_steps, "the command line")
-
-
-def _pair(text: str, option: str, form: str) -> tuple[str, str]:
-    left, found, right = text.partition("=")
-    if not (left and found and right):
-        raise RecipeError(f"{option} {text!r} makes no sense; write it as {form}.")
-    return left, right
 
 
 def _show(done: Merged) -> None:

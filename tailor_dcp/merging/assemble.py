@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tailor_dcp.crc import crc32
 from tailor_dcp.errors import TailorError
 from tailor_dcp.lineage import new_save_id
 from tailor_dcp.location import locate
+from tailor_dcp.locks import Lock
 from tailor_dcp.merging.remap import File, Remapped
 from tailor_dcp.metadata.record import ATTRIBUTE
 from tailor_dcp.recipes.errors import RecipeError
@@ -100,6 +102,8 @@ def _link(files: Mapping[str, File], folder: Path, out: Path) -> dict[str, str]:
                 if not os.path.samestat(file.path.stat(), new.stat()):
                     continue
             except OSError as error:
+                if error.errno in _FULL:
+                    raise
                 error.filename = str(file.path)
                 raise RecipeError(
                     f"{out} cannot be made of links ({explain(error)}); ask for a copy of the bytes with --materialize."
@@ -107,6 +111,10 @@ def _link(files: Mapping[str, File], folder: Path, out: Path) -> dict[str, str]:
             names[name] = new.relative_to(folder).as_posix()
             break
     return names
+
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""A copy would need more room still."""
 
 
 def _homes(save_id: str) -> Iterator[str]:
@@ -147,21 +155,33 @@ def growing(out: Path) -> Iterator[Path]:
     """Yield a new folder beside the result's name; nothing of it stays unless it was given that name.
 
     Raises:
-        RecipeError: ``out`` exists, or nothing can be written there.
+        RecipeError: ``out`` exists, another merge is making it, or nothing can be written there.
     """
     if out.exists() or out.is_symlink():
         raise RecipeError(f"{out} exists already; name a new folder, or remove it first.")
     folder = out.with_name(f".{out.name}.merge")
+    lock = Lock(
+        out.with_name(f"{folder.name}.lock"),
+        RecipeError(f"Another merge is making {out}; wait for it, or name another folder."),
+    )
+    made = [parent for parent in out.parents if not parent.exists()]
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock.take()
         shutil.rmtree(folder, ignore_errors=True)  # of a merge that was killed
-        folder.mkdir(parents=True)
+        folder.mkdir()
         yield folder
     except OSError as error:
         if isinstance(error, TailorError):
             raise
         raise RecipeError(f"{out} cannot be written: {error.strerror or error}.") from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if lock.taken:
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.release()
+        for parent in made if not out.exists() else ():
+            with suppress(OSError):  # another has put something there
+                parent.rmdir()
 
 
 def give_name(folder: Path, out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +12,9 @@ from tailor_dcp.contents import Contents
 from tailor_dcp.layers import LayerMap
 from tailor_dcp.metadata.compose import Shape, shape_of
 from tailor_dcp.units import WEIGHT
+
+_GROUPS = re.compile(r"(?:.*\.)?param_groups\..*")
+_NUMBERED = re.compile(r"(?:.*\.)?state\.\d+\.[^.]+")
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,16 @@ class Index:
         tensors: parameters, buffers and optimizer states by key, in the model's order.
         step: its training step, None if it has none.
         ties: keys that share one storage in training, in groups.
+        groups: whether it has param groups.
+        numbered: whether it has optimizer state that is kept under numbers, so that nothing tells whose it is.
     """
 
     name: str
     tensors: Mapping[str, Held]
     step: int | None = None
     ties: tuple[tuple[str, ...], ...] = ()
+    groups: bool = False
+    numbered: bool = False
     _by_name: dict[tuple[str, str], list[str]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
@@ -64,15 +72,26 @@ class Index:
             found.setdefault(held.layer, {}).setdefault(held.kind, []).append(held)
         return found
 
+    @cached_property
+    def kinds(self) -> frozenset[str]:
+        """All kinds that any layer has."""
+        return frozenset(held.kind for held in self.tensors.values())
+
+    @cached_property
+    def fqns(self) -> frozenset[str]:
+        """The names of all parameters and buffers."""
+        return frozenset(held.fqn for held in self.tensors.values())
+
     @property
     def has_states(self) -> bool:
         """Whether there is any optimizer state."""
-        return any(held.kind != WEIGHT for held in self.tensors.values())
+        return bool(self.kinds - {WEIGHT})
 
     def find(self, key: str, fqn: str, kind: str) -> Held | None:
-        """Return the tensor of a key, or else of a parameter and kind if there is just one."""
-        if key in self.tensors:
-            return self.tensors[key]
+        """Return a parameter's tensor of a kind: that of the key, or else the only one."""
+        known = self.tensors.get(key)
+        if known is not None and (known.fqn, known.kind) == (fqn, kind):
+            return known
         if not self._by_name:
             for held in self.tensors.values():
                 self._by_name.setdefault((held.fqn, held.kind), []).append(held.key)
@@ -84,6 +103,7 @@ def index_of_contents(name: str, contents: Contents) -> Index:
     """Return the index of a DCP checkpoint."""
     stored = contents.base.metadata.state_dict_metadata
     steps = {key: held.origin.step for held in contents.units.values() for key in held.keys}
+    own = contents.base.origin.step
     layers = LayerMap()
     tensors = {
         key: Held(
@@ -92,12 +112,20 @@ def index_of_contents(name: str, contents: Contents) -> Index:
             entry.unit.kind,
             contents.layer(key) or layers.layer(entry.fqn),
             shape_of(stored[key]),
-            steps.get(key, contents.base.origin.step),
+            steps.get(key, own),
         )
         for key, entry in contents.entries.items()
     }
     record = contents.base.record
-    return Index(name, tensors, contents.base.origin.step, record.ties if record else ())
+    others = stored.keys() - tensors.keys()
+    return Index(
+        name,
+        tensors,
+        own,
+        record.ties if record else (),
+        groups=any(map(_GROUPS.fullmatch, others)),
+        numbered=any(map(_NUMBERED.fullmatch, others)),
+    )
 
 
 def index_of_catalog(name: str, catalog: Catalog) -> Index:
@@ -116,7 +144,7 @@ def index_of_catalog(name: str, catalog: Catalog) -> Index:
         for kind, t in kinds.items():
             key = f"{STATE}{fqn}.{kind}"
             tensors[key] = held(key, fqn, kind, Shape(t.size, t.dtype))
-    return Index(name, tensors, step, tuple(_tied(catalog)))
+    return Index(name, tensors, step, tuple(_tied(catalog)), groups=bool(catalog.groups))
 
 
 def _tied(catalog: Catalog) -> Iterable[tuple[str, ...]]:

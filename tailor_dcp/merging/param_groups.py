@@ -1,4 +1,4 @@
-"""Param groups of a merged checkpoint: their lists of names follow the renames. Pure functions."""
+"""Lists of parameters' names in a merged checkpoint, as param groups have them, follow the renames. Pure functions."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-_LIST = re.compile(r"(?:.*\.)?param_groups\.\d+\.params")
+_LIST = re.compile(r"(?:.*\.)?param_groups\.\d+\.params|train\.zero\.(?:buffers|frozen)")
 _FLAT = re.compile(r"(?P<head>(?:.*\.)?param_groups\.)(?P<fqn>.+)(?P<tail>\.[^.]+)")
 
 
 def is_list(key: str) -> bool:
-    """Tell whether a key of a flattened state dict is a param group's list of names."""
+    """Tell whether a key of a flattened state dict is a param group's list of names, or one of an engine's."""
     return _LIST.fullmatch(key) is not None
 
 
@@ -26,10 +26,13 @@ def renamed_list(names: Any, renamed: Mapping[str, Sequence[str]], dropped: Iter
 
 def renamed_keys(
     keys: Iterable[str], renamed: Mapping[str, Sequence[str]], dropped: Iterable[str]
-) -> dict[str, tuple[str, ...]]:
+) -> dict[str, list[tuple[str, str, str]]]:
     """Return what each key is called in the result, for hyper-parameters that are stored under parameters' names.
 
     So does ``flatten_optimizer_state_dict=True``: ``optim.param_groups.<fqn>.lr``.
+
+    Returns:
+        For each key the new ones, each with the parameter's old name in it and the new one.
     """
     gone = set(dropped)
     found = {}
@@ -37,7 +40,7 @@ def renamed_keys(
         match = _FLAT.fullmatch(key)
         fqn = match["fqn"] if match else ""
         if match and (fqn in renamed or fqn in gone):
-            found[key] = tuple(f"{match['head']}{new}{match['tail']}" for new in renamed.get(fqn, ()))
+            found[key] = [(f"{match['head']}{new}{match['tail']}", fqn, new) for new in renamed.get(fqn, ())]
         else:
-            found[key] = (key,)
+            found[key] = [(key, "", "")]
     return found

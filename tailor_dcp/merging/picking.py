@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from tailor_dcp.base import open_base
 from tailor_dcp.catalog import Catalog
+from tailor_dcp.collector import collector_off
 from tailor_dcp.companions import files_of
 from tailor_dcp.contents import Contents
 from tailor_dcp.formats import formats
+from tailor_dcp.location import is_within
 from tailor_dcp.materialize import materialize_base
 from tailor_dcp.merging.assemble import assemble, check_files, give_name, growing, in_memory
 from tailor_dcp.merging.catalogs import catalog_of, needed_of
-from tailor_dcp.merging.remap import Remapped, remap
-from tailor_dcp.merging.resolve import Resolved, resolve, sources_of
-from tailor_dcp.merging.sources import Source, open_source
+from tailor_dcp.merging.model_files import files_of_merge
+from tailor_dcp.merging.placing import numbers_of
+from tailor_dcp.merging.remap import remap
+from tailor_dcp.merging.resolve import Resolved, of_weights, resolve, sources_of
+from tailor_dcp.merging.sources import Opener, Source
 from tailor_dcp.open_checkpoint import Checkpoint
+from tailor_dcp.recipes.errors import RecipeError
 from tailor_dcp.recipes.native import Recipe
 
 Progress = Callable[[int, int], None]
@@ -68,11 +72,19 @@ class Job:
         """The recipe's base."""
         return self.sources[self.recipe.base]
 
-    @property
-    def companions(self) -> Mapping[str, Path]:
-        """The files that the base carries along."""
+    def companions(self, to: str, scratch: Path) -> Mapping[str, Path]:
+        """Return the files that the result carries along: the base's, and what has to be written anew for it.
+
+        Args:
+            to: the result's format. A Hugging Face folder gets a model card.
+            scratch: a folder for new files.
+        """
         base = self.base
-        return base.catalog.files if base.catalog else files_of(base.path)
+        files = base.catalog.files if base.catalog else files_of(base.path)
+        layers = numbers_of(self.resolved.layers, base.index.layers)
+        if not files or (to != "hf" and not layers):
+            return files
+        return files_of_merge(files, scratch, layers=layers, text=self.recipe.text, models=tuple(self.sources))
 
     @property
     def live(self) -> int:
@@ -95,7 +107,11 @@ def pick(
         RecipeError: it cannot be done; nothing was written.
         TailorError: a source is damaged or unreadable.
     """
-    sources = {name: open_source(name, allow, as_catalog=to != "dcp") for name in sources_of(recipe)}
+    if to == "hf":
+        recipe = of_weights(recipe)
+    opened = Opener(allow, as_catalogs=to != "dcp")
+    sources = {name: opened(name) for name in sources_of(recipe)}
+    check_outside(out, sources.values())
     resolved = resolve(recipe, {name: source.index for name, source in sources.items()})
     job = Job(recipe, sources, resolved, out, progress)
     shared: frozenset[Path] = frozenset()
@@ -108,26 +124,34 @@ def pick(
     return Outcome(to, len(resolved.layers), tuple(sources), job.live, notes, shared)
 
 
+def check_outside(out: Path, sources: Iterable[Source]) -> None:
+    """Refuse to write into a source.
+
+    Raises:
+        RecipeError: ``out`` lies inside of one.
+    """
+    for source in sources:
+        if source.path.is_dir() and is_within(out, source.path):
+            raise RecipeError(f"{out} lies inside of the source {source.name}, which is never changed; name another.")
+
+
 def _composite(job: Job, materialize: bool) -> frozenset[Path]:
     """Write a DCP checkpoint; return its files that are links."""
     with growing(job.out) as scratch:
         contents = _contents(job, scratch / "sources")
-        made = remap(job.resolved, contents, lambda source, key: Checkpoint(source)[key])
+        with collector_off():
+            made = remap(job.resolved, contents, lambda source, key: Checkpoint(source)[key])
         check_files(made.files.values())
         folder = scratch / job.out.name
         folder.mkdir()
-        base = contents[job.recipe.base].base
+        base, files = contents[job.recipe.base].base, job.companions("dcp", scratch / "files")
         if materialize:
             whole = in_memory(made, folder, job.out, base, job.resolved.step)
-            materialize_base(whole, job.out, job.companions, progress=job.progress)
+            materialize_base(whole, job.out, files, progress=job.progress)
             return frozenset()
-        assemble(made, folder, job.out, base, job.resolved.step, job.companions)
+        assemble(made, folder, job.out, base, job.resolved.step, files)
         give_name(folder, job.out)
-    return frozenset(job.out / info.relative_path for info in _linked(made))
-
-
-def _linked(made: Remapped) -> list[Any]:
-    return [info for info in made.storage.values() if "/" in info.relative_path]
+    return frozenset(job.out / name for name in {info.relative_path for info in made.storage.values()} if "/" in name)
 
 
 def _contents(job: Job, scratch: Path) -> dict[str, Contents]:
@@ -141,7 +165,7 @@ def _contents(job: Job, scratch: Path) -> dict[str, Contents]:
         needed = needed_of(job.resolved, name, source.catalog)
         place = scratch / str(number) / f"step-{source.index.step or 0}"
         place.parent.mkdir(parents=True)
-        formats().write(needed, place, "dcp", progress=_counted(needed, job.progress))
+        formats().write(needed, place, "dcp", progress=counted(needed, job.progress))
         found[name] = Contents(open_base(place))
     return found
 
@@ -149,8 +173,9 @@ def _contents(job: Job, scratch: Path) -> dict[str, Contents]:
 def _written(job: Job, to: str, world_size: int | None) -> tuple[str, ...]:
     """Write another format; return what the user should know."""
     catalogs = {name: _catalog(source) for name, source in job.sources.items()}
-    merged = replace(catalog_of(job.resolved, catalogs, job.recipe.base), files=job.companions)
-    notes = formats().write(merged, job.out, to, world_size=world_size, progress=_counted(merged, job.progress))
+    with growing(job.out) as scratch:
+        merged = replace(catalog_of(job.resolved, catalogs, job.recipe.base), files=job.companions(to, scratch))
+        notes = formats().write(merged, job.out, to, world_size=world_size, progress=counted(merged, job.progress))
     return (*merged.notes, *notes)
 
 
@@ -159,7 +184,8 @@ def _catalog(source: Source) -> Catalog:
     return source.catalog
 
 
-def _counted(catalog: Catalog, progress: Progress) -> Callable[[int], None]:
+def counted(catalog: Catalog, progress: Progress) -> Callable[[int], None]:
+    """Return what is told of bytes that were done, and tells how many of the catalog's those are."""
     total, done = catalog.bytes, 0
 
     def advance(count: int) -> None:

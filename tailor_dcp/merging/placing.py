@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from tailor_dcp.layers import LayerMap
@@ -18,9 +18,11 @@ class Placing:
 
     Attributes:
         fills: each of them, in order, with the layer of its source that fills it.
+        resized: the stacks of layers that are longer or shorter than the base's.
     """
 
     fills: Mapping[str, str]
+    resized: frozenset[str] = frozenset()
 
 
 def placed(recipe: Recipe, base: Index, indexes: Mapping[str, Index]) -> Placing:
@@ -38,9 +40,12 @@ def placed(recipe: Recipe, base: Index, indexes: Mapping[str, Index]) -> Placing
             raise RecipeError(f"{recipe.name} drops {pattern}, which is no layer; {_near(pattern, fills)}")
         for layer in gone:
             del fills[layer]
+    if not fills:
+        raise RecipeError(f"{recipe.name} drops all layers; leave some.")
     _check_takes(recipe, fills)
-    _check_gaps(recipe, base, fills)
-    return Placing(_ordered(fills))
+    before, after = _stacks(base.layers), _stacks(fills)
+    _check_gaps(recipe, before, after)
+    return Placing(_ordered(fills), frozenset(stack for stack in after if before.get(stack) != after[stack]))
 
 
 def _added(recipe: Recipe, indexes: Mapping[str, Index]) -> dict[str, str]:
@@ -59,7 +64,9 @@ def _renames(recipe: Recipe, there: list[str], base: Index, indexes: Mapping[str
         if not meant:
             inside = next((layer for layer in known if below(old, layer)), None)
             why = (
-                f"is a part of the layer {inside}: name whole layers" if inside else f"is no layer; {_near(old, known)}"
+                f"is a part of the layer {inside}: name whole layers."
+                if inside
+                else f"is no layer; {_near(old, known)}"
             )
             raise RecipeError(f"{recipe.name} renames {old}, which {why}")
         for target in targets:
@@ -69,8 +76,23 @@ def _renames(recipe: Recipe, there: list[str], base: Index, indexes: Mapping[str
                     raise RecipeError(
                         f"{recipe.name} fills {new} with {found[new]} and with {layer}; give each layer one."
                     )
+                _check_name(recipe, layer, new, indexes)
                 found[new] = layer
     return found
+
+
+def _check_name(recipe: Recipe, layer: str, new: str, indexes: Mapping[str, Index]) -> None:
+    """Refuse a name under which a layer would fall apart, or into another one; layers of users' own are left alone."""
+    layers, place = LayerMap(), LayerMap.position(new)
+    for index in indexes.values():
+        for fqn in (held.fqn for kinds in index.by_layer.get(layer, {}).values() for held in kinds):
+            becomes = layers.layer(new + fqn[len(layer) :])
+            counted = place is None or new.startswith(f"{place[0]}.{place[1]}") or not place[0]
+            if layers.layer(fqn) == layer and not (becomes == new and counted):
+                raise RecipeError(
+                    f"{recipe.name} would fill {new} with {layer}, but that is no name for such a layer; name it as "
+                    f"{layer} is named."
+                )
 
 
 def _check_takes(recipe: Recipe, fills: Mapping[str, str]) -> None:
@@ -83,9 +105,8 @@ def _check_takes(recipe: Recipe, fills: Mapping[str, str]) -> None:
                 )
 
 
-def _check_gaps(recipe: Recipe, base: Index, fills: Mapping[str, str]) -> None:
+def _check_gaps(recipe: Recipe, before: Mapping[str, set[int]], after: Mapping[str, set[int]]) -> None:
     """A model's blocks are counted from 0 without a gap; a model with one could not be made."""
-    before, after = _stacks(base.layers), _stacks(fills)
     for stack, numbers in after.items():
         whole = stack not in before or before[stack] == set(range(len(before[stack])))
         missing = next((n for n in range(len(numbers)) if n not in numbers), None)
@@ -127,3 +148,21 @@ def _stack(layer: str) -> str:
 
 def _near(name: str, known: Mapping[str, str] | list[str]) -> str:
     return f"did you mean {listed(close(name, known))}?"
+
+
+def numbers_of(fills: Mapping[str, str], before: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Return, for each stack whose layers are others than in the base, the numbers that its layers had.
+
+    Args:
+        fills: the layers of the result, in order, each with the one that fills it.
+        before: the layers of the base.
+    """
+    found: dict[str, list[int]] = {}
+    for layer, origin in fills.items():
+        here, there = LayerMap.position(layer), LayerMap.position(origin)
+        if here is not None and there is not None and layer == f"{here[0]}.{here[1]}":
+            found.setdefault(here[0], []).append(there[1])
+    counts = _stacks(tuple(before))
+    return {
+        stack: tuple(numbers) for stack, numbers in found.items() if numbers != list(range(len(counts.get(stack, ()))))
+    }

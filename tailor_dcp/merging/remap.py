@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.distributed.checkpoint.metadata import STORAGE_TYPES, BytesStorageMet
 
 from tailor_dcp.base import Base
 from tailor_dcp.contents import Contents
+from tailor_dcp.merging.naming import KeyPath, renamed_path
 from tailor_dcp.merging.param_groups import is_list, renamed_keys, renamed_list
 from tailor_dcp.merging.resolve import Resolved, Slot
 from tailor_dcp.metadata.compose import StorageData
@@ -22,7 +24,6 @@ from tailor_dcp.units import Unit
 
 _OPTIMIZER = re.compile(r"(?:.*\.)?(?:optim\w*|param_groups)(?:\..*)?")
 
-KeyPath = tuple[str | int, ...]
 Read = Callable[[Contents, str], Any]
 
 
@@ -129,9 +130,8 @@ class _Mapper:
 
     def add_slot(self, slot: Slot) -> None:
         """Take a parameter, buffer or optimizer state over."""
-        path = self._path(slot.source, slot.held.key)
-        if slot.key != slot.held.key:
-            path = _renamed_path(path, slot.held.fqn, slot.fqn)
+        like = self._path(slot.like_source, slot.like.key)
+        path = renamed_path(like, slot.like, slot.fqn, slot.unit.layer) or (slot.key,)
         self._add(slot.source, slot.held.key, slot.key, path)
         self._called.setdefault((slot.source, slot.held.key), []).append(slot.key)
 
@@ -145,9 +145,9 @@ class _Mapper:
             self.made.units[unit] = UnitRecord(oldest, tuple(key for _, key in found))
         for name, contents in self._sources.items():
             for tie in contents.base.record.ties if contents.base.record else ():
-                keys = [key for old in tie for key in self._called.get((name, old), ())]
-                if len(keys) > 1:
-                    self.made.ties.append(tuple(keys))
+                # Parameters that are there more than once share the storage of their own copies.
+                called = [self._called[name, old] for old in tie if (name, old) in self._called]
+                self.made.ties += [keys for keys in zip_longest(*called) if len(keys) > 1 and None not in keys]
 
     def add_train(self, resolved: Resolved, read: Read) -> None:
         """Take over what belongs to no layer."""
@@ -157,10 +157,10 @@ class _Mapper:
         if not resolved.optimizer:
             others = [key for key in others if not _is_optimizers(key)]
         for old, keys in renamed_keys(others, resolved.renamed, resolved.dropped).items():
-            for key in keys:
+            for key, fqn, new in keys:
                 path = self._path(name, old)
                 if key != old:
-                    path = _renamed_path(path, *_differing(old, key, resolved.renamed))
+                    path = tuple(part.replace(fqn, new) if isinstance(part, str) else part for part in path)
                 if is_list(key) and resolved.renames:
                     self.made.values[key] = renamed_list(read(contents, key), resolved.renamed, resolved.dropped)
                     self.made.entries[key], self.made.paths[key] = BytesStorageMetadata(), path
@@ -209,15 +209,3 @@ def _origins(contents: Contents) -> dict[str, Origin]:
 
 def _is_optimizers(key: str) -> bool:
     return _OPTIMIZER.fullmatch(key) is not None
-
-
-def _differing(old: str, key: str, renamed: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the parameter's name in a key and in what it was renamed to."""
-    return next((fqn, new) for fqn, names in renamed.items() for new in names if old.replace(fqn, new) == key)
-
-
-def _renamed_path(path: KeyPath, old: str, new: str) -> KeyPath:
-    """Return where a value sits when its parameter is called otherwise; layouts keep names whole or within others."""
-    if old in path:
-        return tuple(new if part == old else part for part in path)
-    return tuple(part.replace(old, new) if isinstance(part, str) else part for part in path)

@@ -6,9 +6,12 @@ Everything that can be wrong with a recipe is found here, before anything is wri
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from tailor_dcp.layers import LayerMap
+from tailor_dcp.merging import checks
 from tailor_dcp.merging.index import Held, Index
+from tailor_dcp.merging.naming import renamed_text
 from tailor_dcp.merging.placing import Placing, placed
 from tailor_dcp.names import close, listed, matches
 from tailor_dcp.recipes.errors import RecipeError
@@ -26,6 +29,8 @@ class Slot:
         unit: its layer and kind there.
         source: the source that it comes from.
         held: what it is in that source.
+        like: what its key was made after: what the base has of that name or of a like layer, else ``held``.
+        like_source: the source that this is in.
     """
 
     key: str
@@ -33,6 +38,8 @@ class Slot:
     unit: Unit
     source: str
     held: Held
+    like: Held
+    like_source: str
 
 
 @dataclass(frozen=True)
@@ -42,8 +49,9 @@ class Resolved:
     Attributes:
         slots: each parameter, buffer and optimizer state of the result, in its order.
         train: the source of what belongs to no layer; None for nothing.
-        renamed: for each parameter of the sources that has another name, or more than one, in the result: these.
-        dropped: the parameters of the base that are not in the result.
+        renamed: for each parameter that lists of names in ``train`` know and that has another name, or more than
+            one, in the result: these.
+        dropped: the parameters that such lists know and that are not in the result.
         optimizer: whether the result has an optimizer.
         step: the result's training step.
         layers: for each layer of the result, the one that fills it as its source calls it.
@@ -61,7 +69,7 @@ class Resolved:
 
     @property
     def renames(self) -> bool:
-        """Whether names of parameters differ from those in the base."""
+        """Whether names of parameters differ from those in ``train``."""
         return bool(self.renamed or self.dropped)
 
 
@@ -71,6 +79,12 @@ def sources_of(recipe: Recipe) -> list[str]:
     named += [name for name in (recipe.train,) if name not in (None, DROP)]
     named += [recipe.optimizer] if recipe.optimizer not in (KEEP, DROP, AVERAGE) else []
     return list(dict.fromkeys(named))
+
+
+def of_weights(recipe: Recipe) -> Recipe:
+    """Return what a recipe says of weights alone, for results that hold no optimizer."""
+    takes = tuple(replace(take, kinds=None) for take in recipe.takes if _gives(take, WEIGHT))
+    return replace(recipe, takes=takes, optimizer=DROP)
 
 
 def resolve(recipe: Recipe, indexes: Mapping[str, Index]) -> Resolved:
@@ -83,11 +97,7 @@ def resolve(recipe: Recipe, indexes: Mapping[str, Index]) -> Resolved:
     Raises:
         RecipeError: the recipe asks for what there is not, or contradicts itself.
     """
-    if recipe.optimizer == AVERAGE:
-        raise RecipeError(
-            f"{recipe.name}: optimizer: average has no meaning where no values are merged; every layer keeps its own "
-            f"moments with keep."
-        )
+    checks.optimizer(recipe, indexes)
     return _Resolver(recipe, indexes).resolved()
 
 
@@ -96,172 +106,182 @@ class _Resolver:
         self.recipe, self.indexes = recipe, indexes
         self.base = indexes[recipe.base]
         self.place: Placing = placed(recipe, self.base, indexes)
+        self._of_layer: dict[str, list[Take]] = {}
 
     def resolved(self) -> Resolved:
+        self._check_kinds()
         slots: dict[str, Slot] = {}
         for layer, origin in self.place.fills.items():
             for slot in self._layer(layer, origin):
+                if slot.key in slots:
+                    raise RecipeError(
+                        f"{slot.fqn} of {slot.source} would have the key {slot.key}, as another tensor has; take this "
+                        f"layer from a checkpoint that is laid out as {self.base.name} is."
+                    )
                 slots[slot.key] = slot
         kept = recipe_train(self.recipe)
-        optimizer = self.recipe.optimizer != DROP and any(slot.unit.kind != WEIGHT for slot in slots.values())
-        self._check_states(slots)
-        self._check_ties(slots)
-        step = self.indexes[kept].step if kept else self.base.step
-        self._check_age(slots, step)
+        trained = self.indexes[kept] if kept else self.base
+        step = trained.step
+        found = list(slots.values())
+        checks.states(self.recipe, self.indexes, found, self.place.fills)
+        checks.groups(self.indexes, trained if kept else None, found)
+        checks.ties(self.base, slots)
+        checks.ages(self.recipe, found, step)
+        renamed, dropped = _followed(found, trained, self.base)
+        # An optimizer without state, as SGD's, has its param groups all the same.
+        optimizer = any(slot.unit.kind != WEIGHT for slot in found) or not trained.has_states
         return Resolved(
             slots,
             kept,
-            _renamed(slots.values()),
-            self._dropped(slots.values()),
-            optimizer,
+            renamed,
+            dropped,
+            self.recipe.optimizer != DROP and optimizer,
             step,
             self.place.fills,
-            tuple(_notes(slots.values(), self.base)),
+            tuple(_notes(found, self.base)),
         )
 
     # One layer of the result -------------------------------------------------------------
 
     def _layer(self, layer: str, origin: str) -> Iterable[Slot]:
         """Yield what a layer of the result consists of."""
-        weights = self._source_of(layer, WEIGHT)
-        yield from self._tensors(layer, origin, WEIGHT, weights)
-        for kind in self._kinds(layer, origin):
-            yield from self._tensors(layer, origin, kind, self._source_of(layer, kind))
+        for kind in (WEIGHT, *self._kinds(layer, origin)):
+            yield from self._tensors(layer, origin, kind, self.indexes[self._source_of(layer, kind)])
 
     def _kinds(self, layer: str, origin: str) -> list[str]:
-        """Return the optimizer states that the layer has in any of the sources that it is taken from."""
+        """Return the optimizer states that the layer has in any of the sources that it may be taken from."""
         if self.recipe.optimizer == DROP:
             return []
-        named = [source for take in self._takes(layer) for source in (take.source,)] or [self.recipe.base]
         if self.recipe.optimizer != KEEP:
             named = [self.recipe.optimizer]
-        elif any(take.kinds is not None for take in self._takes(layer)):
-            named.append(self.recipe.base)
+        else:
+            named = [*(take.source for take in self._takes(layer)), self.recipe.base]
         kinds = dict.fromkeys(kind for name in named for kind in self.indexes[name].by_layer.get(origin, {}))
-        asked = dict.fromkeys(kind for take in self._takes(layer) for kind in take.kinds or ())
-        return [kind for kind in kinds | asked if kind != WEIGHT]
+        wanted = self.base.by_layer.get(self._model_layer(layer, origin) or "", {})
+        return [kind for kind in kinds | dict.fromkeys(wanted) if kind != WEIGHT]
 
     def _takes(self, layer: str) -> list[Take]:
-        return [take for take in self.recipe.takes if matches(layer, take.layers)]
+        if layer not in self._of_layer:
+            self._of_layer[layer] = [take for take in self.recipe.takes if matches(layer, take.layers)]
+        return self._of_layer[layer]
 
     def _source_of(self, layer: str, kind: str) -> str:
         """Return the source of a unit of the result."""
         if kind != WEIGHT and self.recipe.optimizer not in (KEEP, DROP):
             return self.recipe.optimizer
         takes = [take for take in self._takes(layer) if _gives(take, kind)]
-        exact = [take for take in takes if take.layers == layer]
-        named = list(dict.fromkeys(take.source for take in exact or takes))
+        exact = [take for take in takes if take.layers == layer] or takes
+        told = [take for take in exact if kind == STEP and STEP in (take.kinds or ())] or exact
+        named = list(dict.fromkeys(take.source for take in told))
         if len(named) > 1:
+            way = f"name {STEP} among its kinds too" if kind == STEP else "name the layer itself to say which"
             raise RecipeError(
-                f"{self.recipe.name} takes the {kind} of {layer} from {listed(named).replace(' or ', ' and ')}; name "
-                f"the layer itself to say which."
+                f"{self.recipe.name} takes the {kind} of {layer} from {listed(named).replace(' or ', ' and ')}; {way}."
             )
         return named[0] if named else self.recipe.base
 
-    def _tensors(self, layer: str, origin: str, kind: str, source: str) -> Iterable[Slot]:
+    def _tensors(self, layer: str, origin: str, kind: str, index: Index) -> Iterable[Slot]:
         """Yield one kind of a layer of the result; everything that the base has there must be in the source."""
-        index = self.indexes[source]
         found = index.by_layer.get(origin, {}).get(kind, [])
-        wanted = self._model_of(layer, origin, kind, source)
+        wanted = self._wanted(layer, origin, kind, index)
         if not found:
-            if wanted:
+            # Weights and moments are kept apart by some: a checkpoint of an optimizer alone has no weights.
+            if wanted or (origin not in index.by_layer and (kind != WEIGHT or WEIGHT in index.kinds)):
                 raise self._missing(layer, origin, kind, index)
             return
-        have = {_inner(held.fqn, origin) for held in found}
-        need = {_inner(held.fqn, origin): held for held in wanted}
-        for name, held in need.items():
-            if name not in have:
-                raise RecipeError(f"{index.name} has no {held.kind} of {held.fqn}, which {layer} needs.")
-        for held in found:
-            model = need.get(_inner(held.fqn, origin))
-            if need and model is None:
-                raise RecipeError(f"{index.name} has a {kind} of {held.fqn} that {layer} has not in {self.base.name}.")
+        slots = [self._slot(layer, origin, held, index) for held in found]
+        have = {slot.key for slot in slots}
+        for key, held in wanted.items():
+            if key not in have:
+                raise RecipeError(
+                    f"{index.name} has no {kind} of {held.fqn}, which {layer} has in {self.base.name} (as {held.key})."
+                )
+        for slot in slots:
+            model, held = wanted.get(slot.key), slot.held
+            if model is None and (wanted or self._is_strange(kind)):
+                raise RecipeError(f"{index.name} has {kind} of {held.fqn}, which {self.base.name} has not.")
             if model is not None and model.shape.size != held.shape.size:
                 raise RecipeError(
-                    f"{held.fqn} ({kind}) has the shape {_shape(held)} in {index.name} and {_shape(model)} in "
-                    f"{self.base.name}; only layers of one shape can be put together."
+                    f"{held.fqn} ({kind}) in {index.name} has the shape {_shape(held)}, and {model.fqn} in "
+                    f"{self.base.name} has {_shape(model)}; only layers of one shape can be put together."
                 )
-            fqn = layer + held.fqn[len(origin) :] if layer != origin else held.fqn
-            yield Slot(self._key(held, fqn), fqn, Unit(layer, kind), source, held)
+            yield slot
 
-    def _model_of(self, layer: str, origin: str, kind: str, source: str) -> list[Held]:
-        """Return what the base has where a unit goes, or where it comes from: the source must have just that."""
-        if kind != WEIGHT and not self.base.has_states and self.indexes[source].has_states:
-            return []
-        for name in (origin, layer):
-            if found := self.base.by_layer.get(name, {}).get(kind):
-                return [_moved(held, name, origin) for held in found]
-        return []
+    def _slot(self, layer: str, origin: str, held: Held, index: Index) -> Slot:
+        fqn = _moved(held.fqn, origin, layer)
+        like = self.base.find(held.key, held.fqn, held.kind) or self._of_like_layer(held)
+        key = renamed_text((like or held).key, like or held, fqn, layer)
+        if key is None:
+            raise RecipeError(
+                f"{(like or held).key} does not have the name of its layer in it, so {held.fqn} cannot become {fqn}."
+            )
+        source = self.base.name if like else index.name
+        return Slot(key, fqn, Unit(layer, held.kind), index.name, held, like or held, source)
 
-    def _key(self, held: Held, fqn: str) -> str:
-        """Return the key of a tensor of the result, as the base calls such tensors."""
-        alike = self.base.find(held.key, held.fqn, held.kind) or held
-        head, found, tail = alike.key.rpartition(alike.fqn)
-        return head + fqn + tail if found else fqn
+    def _of_like_layer(self, held: Held) -> Held | None:
+        """Return the like tensor of another layer of its stack in the base, which shows how keys are made there."""
+        place = LayerMap.position(held.layer)
+        for layer in self.base.layers:
+            other = LayerMap.position(layer)
+            if place and other and other[0] == place[0]:
+                fqn = _moved(held.fqn, held.layer, layer)
+                key = renamed_text(held.key, held, fqn, layer) or ""
+                if found := self.base.find(key, fqn, held.kind):
+                    return found
+        return None
+
+    def _wanted(self, layer: str, origin: str, kind: str, index: Index) -> dict[str, Held]:
+        """Return what the base has where a unit goes, by its key in the result: the source must have just that."""
+        if kind != WEIGHT and not self.base.has_states and index.has_states:
+            return {}
+        name = self._model_layer(layer, origin)
+        if name is None:
+            return {}
+        held = self.base.by_layer[name].get(kind, [])
+        return {renamed_text(one.key, one, _moved(one.fqn, name, layer), layer) or one.key: one for one in held}
+
+    def _model_layer(self, layer: str, origin: str) -> str | None:
+        """Return the layer of the base that tells what a layer of the result has to be like.
+
+        The layer of its own name; but where a stack gets longer or shorter, so that it is another model's, the one
+        that its filling has there.
+        """
+        place = LayerMap.position(layer)
+        names = (origin, layer) if place and place[0] in self.place.resized else (layer, origin)
+        return next((name for name in names if name in self.base.by_layer), None)
+
+    def _is_strange(self, kind: str) -> bool:
+        """Tell whether the base's optimizer has no state of a kind anywhere."""
+        return kind != WEIGHT and self.base.has_states and kind not in self.base.kinds
 
     def _missing(self, layer: str, origin: str, kind: str, index: Index) -> RecipeError:
         if origin not in index.by_layer:
             return RecipeError(
-                f"{index.name} has no layer {origin}, which {layer} shall be filled with; did you mean "
+                f"{index.name} has no layer {origin}, which {layer} shall be filled with ({kind}); did you mean "
                 f"{listed(close(origin, index.layers))}?"
             )
         if kind == WEIGHT:
             return RecipeError(f"{index.name} has no weights of {origin}.")
-        return RecipeError(
-            f"{index.name} has no {kind} of {origin}: take the weights alone from there (kinds: [weight]), or drop "
-            f"the optimizer (optimizer: drop)."
-        )
+        if self.recipe.optimizer != KEEP or index is self.base:
+            way = "or drop the optimizer (optimizer: drop)"
+        else:
+            way = "take the weights alone from there (kinds: [weight]), or drop the optimizer (optimizer: drop)"
+        return RecipeError(f"{index.name} has no {kind} of {origin}: {way.removeprefix('or ')}.")
 
-    # The whole ---------------------------------------------------------------------------
-
-    def _check_states(self, slots: Mapping[str, Slot]) -> None:
-        """Refuse a result in which the optimizer knows some layers and has never seen others."""
-        asked = {take.source: take for take in self.recipe.takes}
-        for name, index in self.indexes.items():
-            used = [slot for slot in slots.values() if slot.source == name]
-            if index.has_states or not used or self.recipe.optimizer not in (KEEP,):
-                continue
-            layers = {slot.unit.layer for slot in used}
-            with_states = {slot.unit.layer for slot in slots.values() if slot.unit.kind != WEIGHT}
-            bare = [layer for layer in self.place.fills if layer in layers - with_states]
-            if bare and with_states:
-                way = "(kinds: [weight])" if name in asked else "in the recipe"
-                raise RecipeError(
-                    f"{name} has no optimizer state for {bare[0]}, where other sources have it: take its weights "
-                    f"alone {way}, or drop the optimizer (optimizer: drop)."
-                )
-
-    def _check_ties(self, slots: Mapping[str, Slot]) -> None:
-        """Parameters that share storage cannot come from two places; whichever was loaded last would win."""
-        for tie in self.base.ties:
-            held = [slots[key] for key in tie if key in slots]
-            for slot in held[1:]:
-                if slot.source != held[0].source:
-                    raise RecipeError(
-                        f"{held[0].fqn} and {slot.fqn} share one storage, but come from {held[0].source} and "
-                        f"{slot.source}; name both layers, {held[0].unit.layer} and {slot.unit.layer}, with one source."
-                    )
-
-    def _check_age(self, slots: Mapping[str, Slot], step: int | None) -> None:
-        bound = self.recipe.max_stale_steps
-        if bound is None:
-            return
-        for slot in slots.values():
-            age = None if step is None or slot.held.step is None else step - slot.held.step
-            if age is None:
-                raise RecipeError(
-                    f"{slot.source} does not tell the step of {slot.unit}, so max_stale_steps cannot be held; "
-                    f"leave it out."
-                )
-            if age > bound:
-                raise RecipeError(
-                    f"{slot.unit} in {slot.source} is of step {slot.held.step}, {age} steps older than the result's "
-                    f"{step}, and max_stale_steps is {bound}; take it from a newer checkpoint."
-                )
-
-    def _dropped(self, slots: Iterable[Slot]) -> frozenset[str]:
-        there = {slot.fqn for slot in slots}
-        return frozenset(held.fqn for held in self.base.tensors.values()) - there
+    def _check_kinds(self) -> None:
+        """Refuse kinds that no layer has where they are asked for."""
+        for take in self.recipe.takes:
+            index = self.indexes[take.source]
+            there = {
+                kind
+                for layer, origin in self.place.fills.items()
+                if matches(layer, take.layers)
+                for kind in index.by_layer.get(origin, {})
+            }
+            for kind in take.kinds or ():
+                if kind not in there:
+                    have = f"has {listed(sorted(there)).replace(' or ', ' and ')} there" if there else "lacks the layer"
+                    raise RecipeError(f"{take.source} has no {kind} of {take.layers}, which is asked for; it {have}.")
 
 
 def recipe_train(recipe: Recipe) -> str | None:
@@ -276,25 +296,23 @@ def _gives(take: Take, kind: str) -> bool:
     return kind == STEP and any(other != WEIGHT for other in take.kinds)
 
 
-def _inner(fqn: str, layer: str) -> str:
-    return fqn[len(layer) :] if fqn.startswith(layer) else fqn
-
-
-def _moved(held: Held, layer: str, other: str) -> Held:
-    """Return a tensor of one layer as the alike one of another would be called."""
-    return held if layer == other else Held(**{**vars(held), "fqn": other + _inner(held.fqn, layer), "layer": other})
+def _moved(fqn: str, layer: str, other: str) -> str:
+    """Return a parameter of one layer as the like one of another is called."""
+    return other + fqn[len(layer) :] if layer != other and fqn.startswith(layer) else fqn
 
 
 def _shape(held: Held) -> tuple[int, ...]:
     return tuple(held.shape.size or ())
 
 
-def _renamed(slots: Iterable[Slot]) -> dict[str, tuple[str, ...]]:
-    """Return the parameters that are called otherwise in the result, or are there more than once."""
+def _followed(slots: Iterable[Slot], trained: Index, base: Index) -> tuple[dict[str, tuple[str, ...]], frozenset[str]]:
+    """Return what becomes of names in lists: those that are others or several in the result, and those that go."""
     names: dict[str, dict[str, None]] = {}
     for slot in slots:
-        names.setdefault(slot.held.fqn, {})[slot.fqn] = None
-    return {old: tuple(new) for old, new in names.items() if list(new) != [old]}
+        old = slot.held.fqn if slot.held.fqn in trained.fqns else slot.fqn
+        names.setdefault(old, {})[slot.fqn] = None
+    renamed = {old: tuple(new) for old, new in names.items() if list(new) != [old]}
+    return renamed, (trained.fqns | base.fqns) - names.keys()
 
 
 def _notes(slots: Iterable[Slot], base: Index) -> Iterable[str]:

@@ -125,3 +125,32 @@ def _no_checkpoint(name: str, path: Path) -> str:
     if steps:
         return f"{name} is a run, not a checkpoint; say {name}@{max(steps)} ({_what(steps)})."
     return f"{name} is no checkpoint that can be read: neither DCP's nor of {listed(list(formats().sources))}."
+
+
+class Opener:
+    """Opens sources, each once.
+
+    Args:
+        allow: classes, as ``module.Class``, that may be unpickled from other formats than DCP.
+        as_catalogs: open DCP checkpoints like the others, as readable tensors.
+    """
+
+    def __init__(self, allow: tuple[str, ...] = (), as_catalogs: bool = False) -> None:
+        self._allow, self._as_catalogs = allow, as_catalogs
+        self._opened: dict[str, Source] = {}
+
+    def __call__(self, name: str) -> Source:
+        """Open a source; see ``open_source``."""
+        if name not in self._opened:
+            self._opened[name] = open_source(name, self._allow, self._as_catalogs)
+        return self._opened[name]
+
+    def index(self, name: str) -> Index:
+        """Return what a source holds."""
+        return self(name).index
+
+    def catalog(self, name: str) -> Catalog:
+        """Return a source as readable tensors; only of an opener of catalogs."""
+        catalog = self(name).catalog
+        assert catalog is not None
+        return catalog

@@ -38,8 +38,10 @@ class Document:
     def line(self, place: Place) -> int | None:
         """Return the line of a value, or of the innermost one around it; None for what was given as plain data."""
         for end in range(len(place), -1, -1):
-            if place[:end] in self.lines:
-                return self.lines[place[:end]]
+            here = place[:end]
+            for known in (here, (*here[:-1], str(here[-1]))) if here else (here,):  # keys may be numbers
+                if known in self.lines:
+                    return self.lines[known]
         return None
 
     def where(self, place: Place) -> str:
@@ -77,8 +79,8 @@ def parse(text: str, name: str) -> Document:
     Raises:
         RecipeError: see ``load``.
     """
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         lines = _Lines(name)
         lines.walk(node, ())
@@ -89,9 +91,8 @@ def parse(text: str, name: str) -> Document:
     except RecipeError:
         raise
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise RecipeError(f"{name} is no YAML that can be read: {str(error).splitlines()[0]}.") from error
-    finally:
-        loader.dispose()
+        why = f"{error} ".splitlines()[0].strip()
+        raise RecipeError(f"{name} is no YAML that can be read: {why}.") from error
     return Document(name, data, text, lines.found)
 
 

@@ -74,16 +74,37 @@ def native(document: Document) -> Recipe:
 
 def _said(document: Document, error: ValidationError) -> RecipeError:
     first = error.errors()[0]
-    place: Place = tuple(first["loc"])
+    place = _written(document, tuple(first["loc"]))
     key = str(place[-1]) if place else ""
+    within = _Native if len(place) == 1 else _Take
     if first["type"] == "extra_forbidden":
-        known = _keys(_Native if len(place) == 1 else _Take)
+        known = _keys(within)
         near = close(key, known, 1)[0]
         return document.error(place, f"the key {key!r} is unknown; did you mean {near!r}? There are {listed(known)}.")
     if first["type"] == "missing":
-        return document.error(place, f"there is no {key!r}, the checkpoint that the rest comes from.")
-    words = ".".join(map(str, place))
+        what = "the rest comes" if within is _Native else "these layers come"
+        return document.error(place, f"there is no {key!r}, the checkpoint that {what} from.")
+    words = ": ".join(map(str, place))
     return document.error(place, f"{words} makes no sense: {first['msg'][:1].lower()}{first['msg'][1:]}.")
+
+
+def _written(document: Document, place: Place) -> Place:
+    """Return the place of a value as the document has it: one that may be a list need not be one there."""
+    found: Place = ()
+    value = document.data
+    for part in place:
+        if part == "[key]":
+            break
+        if isinstance(part, int) and not isinstance(value, list | dict):
+            continue
+        if isinstance(part, int) and isinstance(value, dict) and part not in value:
+            continue
+        found = (*found, part)
+        try:
+            value = value[part]
+        except (KeyError, IndexError, TypeError):
+            value = None
+    return found
 
 
 def _keys(model: type[BaseModel]) -> list[str]:

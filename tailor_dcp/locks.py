@@ -1,0 +1,58 @@
+"""Locks: two calls that would write one result must not write over each other."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from tailor_dcp.errors import TailorError
+
+
+class Lock:
+    """Keeps other processes, and other calls in this one, from writing one result.
+
+    Args:
+        path: a file beside the result; the lock itself ends with the process, whatever happens to that.
+        busy: what is raised if another has it.
+    """
+
+    def __init__(self, path: Path, busy: TailorError) -> None:
+        self._path, self._busy = path, busy
+        self._descriptor: int | None = None
+
+    @property
+    def taken(self) -> bool:
+        """Whether it is ours."""
+        return self._descriptor is not None
+
+    def take(self) -> None:
+        """Take it.
+
+        Raises:
+            TailorError: another has it.
+        """
+        while self._descriptor is None:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                raise self._busy from None
+            if self._is_there(descriptor):
+                self._descriptor = descriptor
+            else:  # whoever had it removed the file just now: it keeps nobody out any more
+                os.close(descriptor)
+
+    def release(self) -> None:
+        """Give it back."""
+        if self._descriptor is not None:
+            self._path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _is_there(self, descriptor: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(descriptor), self._path.stat())
+        except FileNotFoundError:
+            return False

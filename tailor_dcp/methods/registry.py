@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from tailor_dcp.methods.base import Method
-from tailor_dcp.methods.plugins import find_plugin, plugin_names
+from tailor_dcp.methods.plugins import PLUGINS
 from tailor_dcp.names import close, listed
 from tailor_dcp.recipes.errors import RecipeError
 
@@ -42,7 +42,7 @@ def method_named(name: str) -> Method:
     if name in _OURS:
         found: Method = getattr(import_module(f"tailor_dcp.methods.{_OURS[name]}"), name)
         return found
-    plugin = find_plugin(name)
+    plugin = PLUGINS.find(name)
     if plugin is None:
         near = listed([repr(known) for known in close(name, method_names())])
         raise RecipeError(f"There is no merge method {name!r}; did you mean {near}?")
@@ -51,4 +51,4 @@ def method_named(name: str) -> Method:
 
 def method_names() -> tuple[str, ...]:
     """Return the names of all merge methods, ours first, without importing any."""
-    return (*_OURS, *sorted(plugin_names() - set(_OURS)))
+    return (*_OURS, *sorted(PLUGINS.names() - set(_OURS)))

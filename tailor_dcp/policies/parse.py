@@ -15,7 +15,7 @@ from tailor_dcp.policies.full import Full
 from tailor_dcp.policies.moments import Moments
 from tailor_dcp.policies.options import checked, option_names, shown
 from tailor_dcp.policies.parity import Parity
-from tailor_dcp.policies.plugins import find_plugin, plugin_names
+from tailor_dcp.policies.plugins import PLUGINS
 from tailor_dcp.policies.unchanged import Unchanged
 
 # Ours are entry points too, but have to work from a source folder that nobody installed, and
@@ -86,9 +86,9 @@ def _single(text: str) -> Policy:
 
 
 def _policy_class(name: str) -> type[Policy]:
-    policy = _OURS.get(name) or find_plugin(name)
+    policy = _OURS.get(name) or PLUGINS.find(name)
     if policy is None:
-        known = sorted({*_OURS, *plugin_names(), f"{Unchanged.name}+..."})
+        known = sorted({*_OURS, *PLUGINS.names(), f"{Unchanged.name}+..."})
         raise PolicyError(
             f"There is no policy {shown(name)}{_did_you_mean(name, known)}; the known ones are {', '.join(known)}."
         )

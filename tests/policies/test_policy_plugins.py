@@ -12,7 +12,7 @@ import pytest
 import tailor_dcp.policies
 from tailor_dcp.errors import PolicyError
 from tailor_dcp.policies import Full, Parity, parse_policy
-from tailor_dcp.policies.plugins import GROUP, find_plugin, plugin_names
+from tailor_dcp.policies.plugins import GROUP, PLUGINS
 
 THIRD_PARTY = Path(__file__).parents[1] / "third_party_policy"
 LIBRARY = Path(tailor_dcp.policies.__file__).parents[2]
@@ -180,5 +180,5 @@ def test_ours_cannot_be_replaced(offer):
 
 def test_names_and_unknown_names(offer):
     offer("good", "good_policy", POLICY.format(name="some"), some="good_policy:Some")
-    assert "some" in plugin_names()
-    assert find_plugin("nonesuch") is None
+    assert "some" in PLUGINS.names()
+    assert PLUGINS.find("nonesuch") is None

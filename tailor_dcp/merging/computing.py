@@ -10,6 +10,7 @@ from tailor_dcp.formats import formats
 from tailor_dcp.layers import LayerMap
 from tailor_dcp.location import METADATA
 from tailor_dcp.merging.assemble import growing
+from tailor_dcp.merging.model_files import template_of, tokenizer_files
 from tailor_dcp.merging.picking import Outcome, Progress, check_outside, counted, pick
 from tailor_dcp.merging.sources import Opener
 from tailor_dcp.merging.values import checked, value_catalog
@@ -44,7 +45,9 @@ def compute(
     chosen = picks(merge)
     if chosen is not None and target == "dcp" and all((s.path / METADATA).is_file() for s in sources.values()):
         recipe = as_recipe(merge, chosen, catalogs[plan.leader])
-        return pick(recipe, out, target, materialize, world_size, allow, progress)
+        told = {"tokenizer": tokenizer_files(plan, catalogs), "chat_template": template_of(plan, catalogs)}
+        files = {name: value for name, value in told.items() if value is not None}
+        return pick(recipe, out, target, materialize, world_size, allow, progress, files)
     with growing(out) as scratch:
         catalog = value_catalog(merge, catalogs, scratch, seed=seed)
         written = formats().write(catalog, out, target, world_size=world_size, progress=counted(catalog, progress))

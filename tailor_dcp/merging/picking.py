@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from tailor_dcp.base import open_base
 from tailor_dcp.catalog import Catalog
@@ -59,6 +60,7 @@ class Job:
         resolved: where everything comes from.
         out: the result's name.
         progress: is told how many of how many bytes are done.
+        files: what ``files_of_merge`` is told besides: another model's tokenizer, a chat template.
     """
 
     recipe: Recipe
@@ -66,6 +68,7 @@ class Job:
     resolved: Resolved
     out: Path
     progress: Progress
+    files: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def base(self) -> Source:
@@ -82,9 +85,10 @@ class Job:
         base = self.base
         files = base.catalog.files if base.catalog else files_of(base.path)
         layers = numbers_of(self.resolved.layers, base.index.layers)
-        if not files or (to != "hf" and not layers):
+        if not files or (to != "hf" and not layers and not self.files):
             return files
-        return files_of_merge(files, scratch, layers=layers, text=self.recipe.text, models=tuple(self.sources))
+        models = tuple(self.sources)
+        return files_of_merge(files, scratch, layers=layers, text=self.recipe.text, models=models, **self.files)
 
     @property
     def live(self) -> int:
@@ -100,6 +104,7 @@ def pick(
     world_size: int | None,
     allow: tuple[str, ...],
     progress: Progress,
+    files: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Do what a recipe says.
 
@@ -113,7 +118,7 @@ def pick(
     sources = {name: opened(name) for name in sources_of(recipe)}
     check_outside(out, sources.values())
     resolved = resolve(recipe, {name: source.index for name, source in sources.items()})
-    job = Job(recipe, sources, resolved, out, progress)
+    job = Job(recipe, sources, resolved, out, progress, files or {})
     shared: frozenset[Path] = frozenset()
     notes: tuple[str, ...] = ()
     if to == "dcp":

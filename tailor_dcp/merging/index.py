@@ -49,6 +49,7 @@ class Index:
         ties: keys that share one storage in training, in groups.
         groups: whether it has param groups.
         numbered: whether it has optimizer state that is kept under numbers, so that nothing tells whose it is.
+        listed: parameters that param groups name, as far as that is known without reading.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Index:
     ties: tuple[tuple[str, ...], ...] = ()
     groups: bool = False
     numbered: bool = False
+    listed: frozenset[str] = frozenset()
     _by_name: dict[tuple[str, str], list[str]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
@@ -80,7 +82,7 @@ class Index:
     @cached_property
     def fqns(self) -> frozenset[str]:
         """The names of all parameters and buffers."""
-        return frozenset(held.fqn for held in self.tensors.values())
+        return self.listed.union(held.fqn for held in self.tensors.values())
 
     @property
     def has_states(self) -> bool:
@@ -144,7 +146,11 @@ def index_of_catalog(name: str, catalog: Catalog) -> Index:
         for kind, t in kinds.items():
             key = f"{STATE}{fqn}.{kind}"
             tensors[key] = held(key, fqn, kind, Shape(t.size, t.dtype))
-    return Index(name, tensors, step, tuple(_tied(catalog)), groups=bool(catalog.groups))
+    return Index(name, tensors, step, tuple(_tied(catalog)), groups=bool(catalog.groups), listed=_listed(catalog))
+
+
+def _listed(catalog: Catalog) -> frozenset[str]:
+    return frozenset(name for group in catalog.groups for name in group["params"])
 
 
 def _tied(catalog: Catalog) -> Iterable[tuple[str, ...]]:

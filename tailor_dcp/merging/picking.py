@@ -17,11 +17,13 @@ from tailor_dcp.location import is_within
 from tailor_dcp.materialize import materialize_base
 from tailor_dcp.merging.assemble import assemble, check_files, give_name, growing, in_memory
 from tailor_dcp.merging.catalogs import catalog_of, needed_of
+from tailor_dcp.merging.index import index_of_catalog
 from tailor_dcp.merging.model_files import files_of_merge
 from tailor_dcp.merging.placing import numbers_of
 from tailor_dcp.merging.remap import remap
-from tailor_dcp.merging.resolve import Resolved, of_weights, resolve, sources_of
+from tailor_dcp.merging.resolve import Resolved, of_weights, recipe_train, resolve, sources_of
 from tailor_dcp.merging.sources import Opener, Source
+from tailor_dcp.merging.whole_groups import whole_groups
 from tailor_dcp.open_checkpoint import Checkpoint
 from tailor_dcp.recipes.errors import RecipeError
 from tailor_dcp.recipes.native import Recipe
@@ -117,6 +119,7 @@ def pick(
     opened = Opener(allow, as_catalogs=to != "dcp")
     sources = {name: opened(name) for name in sources_of(recipe)}
     check_outside(out, sources.values())
+    sources = _with_whole_groups(recipe, sources)
     resolved = resolve(recipe, {name: source.index for name, source in sources.items()})
     job = Job(recipe, sources, resolved, out, progress, files or {})
     shared: frozenset[Path] = frozenset()
@@ -127,6 +130,17 @@ def pick(
         notes = _written(job, to, world_size)
     notes = tuple(dict.fromkeys([*resolved.notes, *notes]))
     return Outcome(to, len(resolved.layers), tuple(sources), job.live, notes, shared)
+
+
+def _with_whole_groups(recipe: Recipe, sources: dict[str, Source]) -> dict[str, Source]:
+    """Give the source of the training's progress all param groups, where it was saved with some layers only."""
+    name, base = recipe_train(recipe), sources[recipe.base]
+    train = sources[name] if name else base
+    if train.catalog is None or not train.catalog.groups or base.index.fqns <= train.index.fqns:
+        return sources
+    groups = whole_groups(train.catalog, base.catalog or formats().open(base.path))
+    catalog = replace(train.catalog, groups=groups)
+    return {**sources, train.name: replace(train, catalog=catalog, index=index_of_catalog(train.name, catalog))}
 
 
 def check_outside(out: Path, sources: Iterable[Source]) -> None:

@@ -17,7 +17,7 @@ from tailor_dcp.merging.model_files import check_vocabularies, files_of_merge, t
 from tailor_dcp.merging.value_adapters import check_adapters, is_adapter
 from tailor_dcp.merging.value_state import with_state
 from tailor_dcp.merging.value_tensors import Bench, Computed, Windowed
-from tailor_dcp.methods.base import Input, Request
+from tailor_dcp.methods.base import REQUIRED, Input, Method, Request
 from tailor_dcp.methods.registry import method_named
 from tailor_dcp.recipes.errors import RecipeError
 from tailor_dcp.recipes.mergekit_data import Plan
@@ -59,6 +59,7 @@ def competition(
         raise RecipeError(f"The merge method {method!r} takes no weights; leave --weights out.")
     if weights is not None and len(weights) != len(models):
         raise RecipeError(f"There are {len(weights)} weights for {len(models)} models; give one for each.")
+    _check_told(method_named(method), parameters or {}, base)
     plan: dict[str, Any] = {"merge_method": method}
     given = [1.0] * len(models) if weights is None else [float(weight) for weight in weights]
     own = [{"parameters": {_WEIGHT: weight}} if weighted else {} for weight in given]
@@ -67,6 +68,18 @@ def competition(
     plan |= {key: value for key, value in options.items() if value}
     text = yaml.safe_dump(plan, sort_keys=False)
     return parse(plan, lambda _: "--method", name="--method", text=text)
+
+
+def _check_told(method: Method, parameters: Mapping[str, Any], base: str | None) -> None:
+    """See that everything is told that a plan without a file can only be told by options."""
+    if method.base == "needed" and base is None:
+        raise RecipeError(f"The merge method {method.name!r} needs a base model; give it with --base MODEL.")
+    asked = [*method.parameters, *(one for one in method.model_parameters if one.name != _WEIGHT)]
+    for parameter in asked:
+        if parameter.default is REQUIRED and parameter.name not in parameters:
+            raise RecipeError(
+                f"The merge method {method.name!r} needs {parameter.name!r}; give it with --set {parameter.name}=VALUE."
+            )
 
 
 def checked(plan: Plan, sources: Mapping[str, Catalog]) -> Merge:

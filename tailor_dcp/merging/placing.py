@@ -49,10 +49,12 @@ def placed(recipe: Recipe, base: Index, indexes: Mapping[str, Index]) -> Placing
 
 
 def _added(recipe: Recipe, indexes: Mapping[str, Index]) -> dict[str, str]:
-    """Return the layers that only sources other than the base have, and that the recipe takes from them."""
-    return {
-        layer: layer for take in recipe.takes for layer in indexes[take.source].layers if matches(layer, take.layers)
-    }
+    """Return the layers that only sources other than the base have, and that the recipe takes from them.
+
+    A ``*`` means layers that the result has anyway: ``model.layers.*`` of a deeper source makes no model deeper.
+    """
+    named = ((glob, take.source) for take in recipe.takes for glob in alternatives(take.layers) if "*" not in glob)
+    return {layer: layer for glob, source in named for layer in indexes[source].layers if matches(layer, glob)}
 
 
 def _renames(recipe: Recipe, there: list[str], base: Index, indexes: Mapping[str, Index]) -> dict[str, str]:

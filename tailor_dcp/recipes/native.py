@@ -16,7 +16,7 @@ class Take:
 
     Attributes:
         layers: a glob of layers' names in the result; ``{8,9}`` gives alternatives. A layer's own name goes before
-            a glob.
+            a glob. What has no ``*`` also adds layers that only the source has.
         source: a checkpoint, ``run@300``, a ZeRO folder or a Hugging Face folder.
         kinds: which of their kinds (``weight``, ``exp_avg``, …); None for all. ``step`` goes with the moments.
     """

@@ -73,7 +73,9 @@ def native(document: Document) -> Recipe:
 
 
 def _said(document: Document, error: ValidationError) -> RecipeError:
-    first = error.errors()[0]
+    found = error.errors()
+    # What is missing is often there under a wrong name.
+    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
     place = _written(document, tuple(first["loc"]))
     key = str(place[-1]) if place else ""
     within = _Native if len(place) == 1 else _Take

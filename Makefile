@@ -40,6 +40,7 @@ bench: $(VENV)/.test
 	-PYTHONPATH=. $(BIN)/python benchmarks/async.py
 	-PYTHONPATH=. $(BIN)/python benchmarks/fingerprint.py
 	-PYTHONPATH=. $(BIN)/python -m benchmarks.convert
+	-PYTHONPATH=. $(BIN)/python -m benchmarks.merge
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

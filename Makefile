@@ -41,6 +41,8 @@ bench: $(VENV)/.test
 	-PYTHONPATH=. $(BIN)/python benchmarks/fingerprint.py
 	-PYTHONPATH=. $(BIN)/python -m benchmarks.convert
 	-PYTHONPATH=. $(BIN)/python -m benchmarks.merge
+	-PYTHONPATH=. $(BIN)/python -m benchmarks.link
+	-PYTHONPATH=. $(BIN)/python benchmarks/load.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +13,11 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from tailor_dcp.errors import DamagedSourceError
+from tailor_dcp.flat_boxes import Box, boxes
 from tailor_dcp.frames import frame
 from tailor_dcp.open_checkpoint import Checkpoint
-from tailor_dcp.tensors import Readable, raw_bytes, read_file
+from tailor_dcp.raw_stretch import bytes_of, is_raw
+from tailor_dcp.tensors import Piece, Readable, Stored, raw_bytes, read_file
 
 
 class Chunk(NamedTuple):
@@ -81,6 +84,10 @@ class Chunked(Readable):
 
     def _data_offset(self, chunk: Chunk) -> int | None:
         """Return where the chunk's bytes start in the file, if they lie there as they are in memory."""
+        if is_raw(chunk.info):
+            if bytes_of(chunk.sizes, self.dtype) != chunk.info.length:
+                raise DamagedSourceError(f"{chunk.path} does not hold what its checkpoint says of {self.key}.")
+            return chunk.info.offset
         if chunk.info.transform_descriptors:
             return None
         before, after = frame(chunk.sizes, self.dtype, 0)
@@ -91,6 +98,21 @@ class Chunked(Readable):
         # The head holds the pickle, and with it shape, strides and dtype.
         return chunk.info.offset + len(before) if head == before else None
 
+    def raw_piece(self, chunk: Chunk) -> Piece | None:
+        """Return a raw stretch as elements that follow each other; None if it is a box that has gaps between them.
+
+        Raises:
+            DamagedSourceError: it has not the bytes of its chunk.
+        """
+        offset = self._data_offset(chunk)
+        assert offset is not None
+        strides = [math.prod(self.size[dim + 1 :]) for dim in range(len(self.size))]
+        start = sum(first * stride for first, stride in zip(chunk.offsets, strides, strict=True))
+        count = math.prod(chunk.sizes)
+        if not count or [Box(chunk.offsets, chunk.sizes)] != list(boxes(start, count, self.size)):
+            return None
+        return Piece(chunk.path, offset, start, count)
+
     def _unpickled(self, chunk: Chunk) -> torch.Tensor:
         """Return a chunk as torch.load reads it, 1-D; each thread keeps its last one, as windows come in order."""
         if getattr(self._last, "chunk", None) is not chunk:
@@ -100,6 +122,22 @@ class Chunked(Readable):
             self._last.chunk, self._last.tensor = chunk, loaded.contiguous().reshape(-1)
         tensor: torch.Tensor = self._last.tensor
         return tensor
+
+
+def in_place(tensor: Chunked) -> Stored | None:
+    """Return a tensor whose chunks are all raw stretches, in the order of its elements; None if they are not.
+
+    Raises:
+        DamagedSourceError: a stretch has not the bytes of its chunk.
+    """
+    if not tensor.chunks or not all(is_raw(chunk.info) for chunk in tensor.chunks):
+        return None
+    pieces = [tensor.raw_piece(chunk) for chunk in tensor.chunks]
+    ordered = sorted((piece for piece in pieces if piece is not None), key=lambda piece: piece.start)
+    ends = [0, *accumulate(piece.elements for piece in ordered)]
+    if len(ordered) < len(pieces) or [piece.start for piece in ordered] != ends[:-1] or ends[-1] != tensor.count:
+        return None
+    return Stored(tensor.size, tensor.dtype, tuple(ordered))
 
 
 def _meets(chunk: Chunk, first: int, last: int) -> bool:

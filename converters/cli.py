@@ -52,6 +52,9 @@ def convert(
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="The largest safetensors file to write.")] = "5GB",
     keys: Annotated[Keys, typer.Option(help="Whose names the keys of a DCP checkpoint get.")] = _TAILOR,
+    link: Annotated[
+        bool, typer.Option("--link", help="Point into the source's files instead of copying (--to dcp).")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be read and written.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
@@ -66,6 +69,7 @@ def convert(
         sub_group_size=sub_group_size,
         max_shard_size=bytes_of(max_shard_size),
         keys=keys.value,
+        link=link,
     )
     with _progress() as (total, advance):
         chosen = replace(options, progress=advance)
@@ -103,13 +107,21 @@ def _closing(done: Converted) -> str:
     if done.dry_run:
         return (
             f"would read {size(done.read)} and write {size(done.written)} of tensors to {done.target} "
-            f"({done.target_format}); nothing was written"
+            f"({done.target_format}){_linked(done)}; nothing was written"
+        )
+    if done.linked:
+        return (
+            f"{done.target} ({done.target_format}){_linked(done)}, {size(done.written)} written in {done.seconds:.1f} s"
         )
     rate = f" ({size(int(done.written / done.seconds))}/s)" if done.seconds > 0 else ""
     return (
         f"{done.target} ({done.target_format}): {size(done.written)} in {done.seconds:.1f} s{rate}, "
         f"peak memory {size(done.peak_memory)}"
     )
+
+
+def _linked(done: Converted) -> str:
+    return f", {size(done.linked)} linked" if done.linked else ""
 
 
 @contextmanager

@@ -8,13 +8,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tailor_dcp.carry import sync_folder
 from tailor_dcp.catalog import Catalog, in_dtype, only_layers, weights_only
+from tailor_dcp.collector import collector_off
 from tailor_dcp.errors import ConversionError, TailorError
 from tailor_dcp.layers import LayerMap
 from tailor_dcp.location import is_url
@@ -40,6 +41,7 @@ class Converted:
         states: how many optimizer states.
         read: bytes of tensors that are read.
         written: bytes of the files that were written; of tensors if this is a dry run.
+        linked: bytes of tensors that were pointed to where the source has them.
         kinds: bytes of tensors in the result by kind (``weight``, ``exp_avg``, …).
         train: what there is under ``train.``.
         files: the names of files that are carried along.
@@ -58,6 +60,7 @@ class Converted:
     states: int
     read: int
     written: int
+    linked: int
     kinds: Mapping[str, int]
     train: tuple[str, ...]
     files: tuple[str, ...]
@@ -99,20 +102,35 @@ def convert(
         ConversionError: the source is of no known format, cannot be converted as asked, or ``target`` exists.
         TailorError: whatever reading the source says.
     """
-    start, options = time.monotonic(), options or Options()
-    writer = target_of(to)
+    options = options or Options()
+    with collector_off() if options.link else nullcontext():
+        return _converted(source, target, to, from_, options, dry_run, total)
+
+
+def _converted(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    to: str,
+    from_: str | None,
+    options: Options,
+    dry_run: bool,
+    total: Callable[[int], None] | None,
+) -> Converted:
+    start = time.monotonic()
+    writer = target_of(to, options.link)
     catalog, place, final = ranks.together(lambda: _opened(source, target, writer, from_, options, dry_run))
     notes: tuple[str, ...] = catalog.notes
+    linked = writer.linked(catalog)
     if total is not None:
         total(catalog.bytes)
     if not dry_run:
         notes = (*notes, *_written(catalog, writer, place, final, options))
     return replace(
-        _described(catalog, writer, final, dry_run),
+        _described(catalog, writer, final, dry_run, linked),
         notes=tuple(dict.fromkeys(notes)),
         seconds=time.monotonic() - start,
         peak_memory=max(ranks.gather(_peak_memory())),
-        written=catalog.bytes if dry_run else _size(final),
+        written=max(0, catalog.bytes - linked) if dry_run else _size(final),
     )
 
 
@@ -155,7 +173,9 @@ def _opened(
     """Return what is to be written, the name that it grows under and the one that it will have."""
     place, final = _named(target, dry_run)
     found = source_of(Path(source), from_)
-    catalog = _selected(found.open(Path(source), options), options, writer)
+    opened = found.open(Path(source), options)
+    writer.check(opened, options)
+    catalog = _selected(opened, options, writer)
     _check(catalog, writer, final)
     return catalog, place, final
 
@@ -235,6 +255,8 @@ def _remove(place: Path) -> None:
 def _sync(place: Path) -> None:
     """Bring to the disk what was written without being synced: small files and the folders' entries."""
     for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
+        if _is_linked(path):
+            continue
         if path.is_dir():
             sync_folder(path)
             continue
@@ -247,7 +269,7 @@ def _sync(place: Path) -> None:
         sync_folder(place)
 
 
-def _described(catalog: Catalog, target: Target, final: Path, dry_run: bool) -> Converted:
+def _described(catalog: Catalog, target: Target, final: Path, dry_run: bool, linked: int) -> Converted:
     layers = LayerMap()
     kinds = {"weight": sum(tensor.bytes for tensor in catalog.stored.values())}
     for held in catalog.state.values():
@@ -261,8 +283,9 @@ def _described(catalog: Catalog, target: Target, final: Path, dry_run: bool) -> 
         layers=len({layers.layer(fqn) for fqn in [*catalog.weights, *catalog.state]}),
         weights=len(catalog.stored),
         states=sum(map(len, catalog.state.values())),
-        read=catalog.source_bytes,
+        read=max(0, catalog.source_bytes - linked),
         written=0,
+        linked=linked,
         kinds=kinds,
         train=tuple(map(str, catalog.train)),
         files=tuple(catalog.files),
@@ -275,7 +298,12 @@ def _described(catalog: Catalog, target: Target, final: Path, dry_run: bool) -> 
 
 def _size(final: Path) -> int:
     files = final.rglob("*") if final.is_dir() else [final]
-    return sum(path.stat().st_size for path in files if path.is_file())
+    return sum(path.stat().st_size for path in files if path.is_file() and not _is_linked(path))
+
+
+def _is_linked(path: Path) -> bool:
+    """Tell whether a file of a result is the source's own, under another name."""
+    return path.is_file() and path.stat().st_nlink > 1
 
 
 def _peak_memory() -> int:

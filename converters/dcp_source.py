@@ -25,7 +25,7 @@ from tailor_dcp.rank_state import NUMPY_CLASSES
 from tailor_dcp.tensors import Readable
 
 from . import accelerate_folder
-from .chunked import Chunk, Chunked
+from .chunked import Chunk, Chunked, in_place
 from .options import Options
 from .sorting import sort
 from .torch_file import imported
@@ -90,7 +90,7 @@ def _open(path: Path, options: Options, files: dict[str, Path]) -> Catalog:
     tensors = {key for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
     checkpoint = Checkpoint(contents)
     leaders = _leaders(contents)
-    known: dict[Places, Readable] = {}
+    known: dict[Places | str, Readable] = {}
     catalog = sort(
         path,
         "dcp",
@@ -143,8 +143,11 @@ def _overlap(chunks: Sequence[ChunkStorageMetadata]) -> bool:
     return False
 
 
-def _tensor(contents: Contents, checkpoint: Checkpoint, key: str, known: dict[Places, Readable]) -> Readable:
-    """Return a tensor; one and the same for two names of the same bytes."""
+def _tensor(contents: Contents, checkpoint: Checkpoint, key: str, known: dict[Places | str, Readable]) -> Readable:
+    """Return a tensor; one and the same for two names of the same bytes.
+
+    Not so where the record tells what is tied: a merged checkpoint may have a layer several times.
+    """
     entry = contents.base.metadata.state_dict_metadata[key]
     assert isinstance(entry, TensorStorageMetadata)
     if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != entry.size.numel():
@@ -157,5 +160,7 @@ def _tensor(contents: Contents, checkpoint: Checkpoint, key: str, known: dict[Pl
     for chunk in sorted(entry.chunks, key=lambda c: tuple(c.offsets)):
         info = places.get(chunk.offsets) or blobs[0][1]  # what is stored as a whole tells no offset in its index
         chunks.append(Chunk(tuple(chunk.offsets), tuple(chunk.sizes), contents.file(info), info))
-    found = Chunked(entry.size, entry.properties.dtype, tuple(chunks), key, checkpoint)
-    return known.setdefault(tuple((chunk.path, chunk.info.offset) for chunk in chunks), found)
+    chunked = Chunked(entry.size, entry.properties.dtype, tuple(chunks), key, checkpoint)
+    found = in_place(chunked) or chunked
+    told = contents.base.record is not None
+    return known.setdefault(key if told else tuple((chunk.path, chunk.info.offset) for chunk in chunks), found)

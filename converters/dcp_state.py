@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -74,9 +74,19 @@ def flat_start(size: torch.Size, offsets: tuple[int, ...]) -> int:
     return offsets[0] * math.prod(size[1:]) if size else 0
 
 
-def state_dict(catalog: Catalog) -> dict[str, Any]:
-    """Return the nested state dict of a catalog, in the layout's keys; this rank writes its share of it."""
-    share = _share(catalog)
+def rows_of(tensor: Readable) -> list[Box]:
+    """Return the chunks that a tensor is written in."""
+    return boxes_of(tensor.size, tensor.dtype.itemsize)
+
+
+def state_dict(catalog: Catalog, cut: Callable[[Readable], list[Box]] = rows_of) -> dict[str, Any]:
+    """Return the nested state dict of a catalog, in the layout's keys; this rank writes its share of it.
+
+    Args:
+        catalog: what it holds.
+        cut: returns a tensor's chunks.
+    """
+    share = _share(catalog, cut)
 
     def planned(tensor: Readable) -> Planned:
         return Planned(tensor, share.get(id(tensor), []))
@@ -96,12 +106,12 @@ def state_dict(catalog: Catalog) -> dict[str, Any]:
     return state
 
 
-def _share(catalog: Catalog) -> dict[int, list[Box]]:
+def _share(catalog: Catalog, cut: Callable[[Readable], list[Box]]) -> dict[int, list[Box]]:
     """Return the chunks of each tensor that are this rank's; tied names have the same."""
     chunks = [
         (number, key, box, math.prod(box[1]) * tensor.dtype.itemsize)
         for number, (key, tensor) in enumerate({id(t): t for t in catalog.tensors.values()}.items())
-        for box in boxes_of(tensor.size, tensor.dtype.itemsize)
+        for box in cut(tensor)
     ]
     mine = ranks.share(chunks, lambda chunk: chunk[3])[ranks.rank()]
     found: dict[int, list[Box]] = {}

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import threading
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -63,15 +64,16 @@ def write(catalog: Catalog, place: Path, final: Path, options: Options) -> Seque
         DamagedSourceError: a source cannot be read.
     """
     for folder, state in parts_of(state_dict(catalog), options.keys).items():
-        _save(state, place / folder, final / folder, options.progress)
+        save(state, StreamingWriter(place / folder, final / folder, options.progress))
     if options.keys == "transformers":
         notes = target_of("hf").write(replace(catalog, state={}, groups=()), place, final, options)
         return (*notes, *_left_out(catalog, ()))
-    ranks.together(lambda: _put_beside(catalog, place, options) if ranks.rank() == 0 else None)
+    ranks.together(lambda: put_beside(catalog, place, options) if ranks.rank() == 0 else None)
     return _left_out(catalog, ("scheduler",)) if options.keys == "accelerate" else ()
 
 
-def _put_beside(catalog: Catalog, place: Path, options: Options) -> None:
+def put_beside(catalog: Catalog, place: Path, options: Options) -> None:
+    """Give a checkpoint the files that belong to it."""
     place.mkdir(exist_ok=True)
     if options.keys == "accelerate":
         give_files(catalog.files, place)
@@ -86,10 +88,16 @@ def _left_out(catalog: Catalog, kept: Sequence[str]) -> tuple[str, ...]:
     return (f"{', '.join(lost)} has no place in this layout and is not written.",) if lost else ()
 
 
-def _save(state: dict[str, Any], place: Path, final: Path, progress: Progress) -> None:
-    writer = _StreamingWriter(place, final, progress)
+def save(state: dict[str, Any], writer: StreamingWriter) -> None:
+    """Save a state dict of what is not there; all ranks call it.
+
+    Raises:
+        TailorError: whatever went wrong on any of them.
+    """
+    final = writer.final
     try:
-        with lineage.aside():  # what is converted is not what this process trains
+        with lineage.aside(), warnings.catch_warnings():  # what is converted is not what this process trains
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs none
             dcp.save(state, storage_writer=writer, planner=_ConversionPlanner(final), no_dist=ranks.world() == 1)
     except CheckpointException as error:  # what went wrong inside, without DCP's traceback around it
         cause = next(iter(error.failures.values()))[0]
@@ -133,17 +141,17 @@ class _Blob:
     shape: tuple[int, ...]
 
 
-class _StreamingWriter(LayerwiseWriter):
+class StreamingWriter(LayerwiseWriter):
     """Writes chunks a window at a time, so that memory does not depend on how large they are."""
 
     def __init__(self, place: Path, final: Path, progress: Progress) -> None:
         super().__init__(place)
-        self._final = final
-        self._progress = progress
+        self.final = final
+        self.progress = progress
 
     def storage_meta(self) -> StorageMeta:
         """Name the folder as it will be called."""
-        return StorageMeta(checkpoint_id=str(self._final), save_id=self.save_id)
+        return StorageMeta(checkpoint_id=str(self.final), save_id=self.save_id)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's share."""
@@ -208,7 +216,7 @@ class _StreamingWriter(LayerwiseWriter):
         if count * blob.tensor.dtype.itemsize < _FRAMED:
             data = _saved(blob.tensor.read(blob.start, blob.start + count).reshape(blob.shape))
             write_at(target, memoryview(data), blob.offset, path)
-            self._progress(count * blob.tensor.dtype.itemsize)
+            self.progress(count * blob.tensor.dtype.itemsize)
             return crc32(data)
         before, _ = frame(blob.shape, blob.tensor.dtype, 0)
         stretch = Stretch(path, blob.offset + len(before), blob.tensor, blob.start, blob.start + count)
@@ -216,7 +224,7 @@ class _StreamingWriter(LayerwiseWriter):
         for offset, window in windows(stretch):
             crc = crc32(window, crc)
             write_at(target, window, offset, path)
-            self._progress(len(window))
+            self.progress(len(window))
         before, after = frame(blob.shape, blob.tensor.dtype, crc)
         write_at(target, memoryview(before), blob.offset, path)
         write_at(target, memoryview(after), stretch.offset + stretch.bytes, path)
@@ -231,7 +239,7 @@ def _laid_out(items: Sequence[WriteItem], state: dict[str, Any], prefix: str) ->
         if item.tensor_data is not None:
             tensor = tensors.setdefault(item.index.fqn, _readable(state[item.index.fqn]))
             chunks.setdefault((id(tensor), item.tensor_data.chunk.offsets), []).append(item)
-    share = sum(map(_bytes, chunks.values())) // _THREADS + 1
+    share = sum(map(_stored_bytes, chunks.values())) // _THREADS + 1
     blobs: list[_Blob] = []
     number, offset = 0, 0
     for same in chunks.values():
@@ -252,9 +260,9 @@ def _readable(value: Any) -> Readable:
     return value.tensor if isinstance(value, Planned) else Given(value.detach())
 
 
-def _bytes(same: Sequence[WriteItem]) -> int:
+def _stored_bytes(same: Sequence[WriteItem]) -> int:
     data = same[0].tensor_data
-    return math.prod(data.chunk.sizes) * data.properties.dtype.itemsize if data else 0
+    return _length(data.properties.dtype, tuple(data.chunk.sizes)) if data else 0
 
 
 @lru_cache(maxsize=4096)

@@ -50,11 +50,26 @@ class Target:
     words: str
     masters: bool = False
     """Whether it holds fp32 master weights, so that ``--dtype`` means what the engine computes in beside them."""
+    links: bool = False
+    """Whether it points into the source's files: ``check`` and ``linked`` of its module tell what can be so."""
 
     def write(self, catalog: Catalog, place: Path, final: Path, options: Options) -> Sequence[str]:
         """Write it; return sentences that the user should read. ``final`` is the name that it will have."""
-        write: Callable[[Catalog, Path, Path, Options], Sequence[str]] = import_module(self.module, __package__).write
+        write: Callable[[Catalog, Path, Path, Options], Sequence[str]] = self._module.write
         return write(catalog, place, final, options)
+
+    def check(self, catalog: Catalog, options: Options) -> None:
+        """Refuse, before anything is written, what cannot be linked to."""
+        if self.links:
+            self._module.check(catalog, options)
+
+    def linked(self, catalog: Catalog) -> int:
+        """Return the bytes of tensors that will not be written as they are pointed to."""
+        return int(self._module.linked(catalog)) if self.links else 0
+
+    @property
+    def _module(self) -> ModuleType:
+        return import_module(self.module, __package__)
 
 
 SOURCES = (
@@ -75,6 +90,9 @@ TARGETS = (
     Target("universal", ".universal_target", "a DeepSpeed universal checkpoint", masters=True),
     Target("torch", ".torch_target", "a torch.save file"),
 )
+
+LINKED = Target("dcp", ".link_target", "a linked DCP checkpoint", links=True)
+"""What ``--link`` makes of ``--to dcp``."""
 
 
 def source_of(path: Path, name: str | None) -> Source:
@@ -101,12 +119,20 @@ def source_of(path: Path, name: str | None) -> Source:
     raise ConversionError(f"{path} is none of what can be read ({known}); if it is one, say which with --from.")
 
 
-def target_of(name: str) -> Target:
+def target_of(name: str, link: bool = False) -> Target:
     """Return a format that can be written by its name.
 
+    Args:
+        name: the name.
+        link: the result shall point into the source's files.
+
     Raises:
-        ConversionError: there is none.
+        ConversionError: there is none, or it cannot point anywhere.
     """
+    if link:
+        if name == LINKED.name:
+            return LINKED
+        raise ConversionError(f"--link makes a DCP checkpoint, not one in {name}; say --to dcp, or leave --link out.")
     for target in TARGETS:
         if target.name == name:
             return target

@@ -37,6 +37,7 @@ class Options:
             source's, or DeepSpeed's default.
         max_shard_size: bytes after which a Hugging Face folder begins a new file.
         keys: the layout of keys that a DCP checkpoint is written in.
+        link: make a DCP checkpoint that points into the source's files instead of copying their bytes.
         progress: is told of bytes that were done.
     """
 
@@ -49,6 +50,7 @@ class Options:
     sub_group_size: int | None = None
     max_shard_size: int = 5 * 10**9
     keys: str = "tailor"
+    link: bool = False
     progress: Progress = field(default=lambda _: None, repr=False)
 
 

@@ -18,6 +18,7 @@ from tailor_dcp.location import METADATA, Location, is_url, locate, same_folder
 from tailor_dcp.metadata.compose import Blobs, Shape, blobs_by_key, shape_of, unstored
 from tailor_dcp.metadata.record import Origin, Record, record_of, save_id_of
 from tailor_dcp.metadata.safe_pickle import read
+from tailor_dcp.raw_stretch import is_raw
 from tailor_dcp.selection import Holdings
 
 
@@ -39,7 +40,7 @@ class Base:
         """Return where the file of a name is."""
         return self.files.get(name) or self.location.folder / name
 
-    @property
+    @cached_property
     def origin(self) -> Origin:
         """This checkpoint's own save. Folders get renamed: the name tells the step only where there is no record."""
         if self.record is None:
@@ -56,13 +57,19 @@ class Base:
         """The stored blobs of each key."""
         return blobs_by_key(self.metadata)
 
+    @cached_property
+    def linked(self) -> frozenset[str]:
+        """The keys whose bytes lie in another program's files, where DCP's own reader cannot read them."""
+        return frozenset(index.fqn for index, info in self.metadata.storage_data.items() if is_raw(info))
+
     def holdings(self) -> Holdings:
-        """Return what can be carried from here."""
+        """Return what can be carried from here: all that a checkpoint which DCP's own reader loads may have."""
         if self.record is None:
             origins = dict.fromkeys(self.metadata.state_dict_metadata, self.origin)
         else:
             origins = {key: unit.origin for unit in self.record.units.values() for key in unit.keys}
-        return Holdings({key: self.source_shape(key) for key in self.metadata.state_dict_metadata}, origins)
+        shapes = {k: self.source_shape(k) for k in self.metadata.state_dict_metadata if k not in self.linked}
+        return Holdings(shapes, {key: origin for key, origin in origins.items() if key in shapes})
 
     def source_shape(self, key: str) -> Shape:
         """Return a key's global size and the dtype that the training state had it in."""

@@ -70,7 +70,8 @@ class Catalog:
     @property
     def stored(self) -> dict[str, Readable]:
         """The weights, each under its first name only."""
-        return {fqn: tensor for fqn, tensor in self.weights.items() if fqn not in self.ties}
+        ties = self.ties
+        return {fqn: tensor for fqn, tensor in self.weights.items() if fqn not in ties}
 
     @property
     def bytes(self) -> int:

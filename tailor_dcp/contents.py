@@ -10,7 +10,8 @@ from pathlib import Path
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from tailor_dcp.base import Base
-from tailor_dcp.errors import LoadError
+from tailor_dcp.errors import DamagedSourceError, LoadError
+from tailor_dcp.file_marks import mark_of
 from tailor_dcp.inspection import unit_records
 from tailor_dcp.layers import Entry, LayerMap
 from tailor_dcp.location import is_within
@@ -29,6 +30,7 @@ class Contents:
     def __init__(self, base: Base) -> None:
         self.base = base
         self._paths: dict[str, Path] = {}
+        self._unchanged: set[str] = set()
 
     # Found when they are first asked for: a fast load asks only if something is wrong.
 
@@ -96,13 +98,13 @@ class Contents:
         return self._paths[name]
 
     def check_files(self, blobs: Iterable[tuple[str, _StorageInfo]]) -> None:
-        """Check that files are there and long enough, reading none.
+        """Check that files are there, long enough and, where another program wrote them, the ones that were linked.
 
         Args:
             blobs: what will be read: the key and its place.
 
         Raises:
-            LoadError: naming the first file that is missing or too short, and what it holds.
+            LoadError: naming the first file that is missing, too short or changed, and what it holds.
         """
         ends: dict[str, tuple[int, str, _StorageInfo]] = {}
         for key, info in blobs:
@@ -113,6 +115,7 @@ class Contents:
                 ends[info.relative_path] = (end, key, info)
         for end, key, info in ends.values():
             self._check_file(self.file(info), end, key)
+            self._check_mark(info, key)
 
     def _check_file(self, path: Path, end: int, key: str) -> None:
         try:
@@ -126,3 +129,20 @@ class Contents:
             f"{path} {state}, but holds {self.described(key)} for {self.folder}; restore the file, or take that layer "
             f"from another step with LayerwiseLoadPlanner(steps=...)."
         )
+
+    def _check_mark(self, info: _StorageInfo, key: str) -> None:
+        """Look into a file that another program wrote, once."""
+        name = info.relative_path
+        mark = self.base.record.marks.get(name) if self.base.record else None
+        if mark is None or name in self._unchanged:
+            return
+        try:
+            changed = mark_of(self.file(info)) != mark
+        except DamagedSourceError as error:
+            raise LoadError(f"{str(error).rstrip('.')}, but holds {self.described(key)} for {self.folder}.") from error
+        if changed:
+            raise LoadError(
+                f"{self.file(info)} has changed since {self.folder} was linked to it, and held {self.described(key)}; "
+                f"restore the file, or convert its checkpoint anew."
+            )
+        self._unchanged.add(name)

@@ -15,7 +15,7 @@ from tailor_dcp.layers import LayerMap
 from tailor_dcp.location import Location
 from tailor_dcp.metadata.compose import StorageData, file_sizes, rebase
 from tailor_dcp.metadata.record import CarryMode, Origin
-from tailor_dcp.policies import Policy, SaveRequest
+from tailor_dcp.policies import Full, Policy, SaveRequest
 from tailor_dcp.selection import Holdings, State, ask, complete, held, make_request
 from tailor_dcp.units import Unit
 
@@ -83,6 +83,8 @@ def decide(state: State, base: Base | None, target: Location, rules: Rules, pres
     request = make_request(state, available, target.step, index, rules.layers)
     full = rules.full_every is not None and index % rules.full_every == 0
     due = ask(rules.policy, request, state, available.keys(), full)
+    if base and mode and not full and base.linked:
+        _warn_of_links(rules.policy, base, target)
     if not base or not mode:
         return Decision(request, due, rules.mode)
     if not full:
@@ -168,6 +170,16 @@ def _report(failures: Mapping[str, OSError], target: Location, explicit: bool) -
         TailorWarning,
         stacklevel=2,
     )
+
+
+def _warn_of_links(policy: Policy, base: Base, target: Location) -> None:
+    if str(policy) != str(Full()):
+        warnings.warn(
+            f"{base.location.folder} is linked to files that DCP's own reader cannot read, so nothing of these is "
+            f"carried and {target.folder} is written as a whole; later saves carry from that.",
+            TailorWarning,
+            stacklevel=2,
+        )
 
 
 def _warn_of_changes(state: State, holdings: Holdings, base: Base, target: Location) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from tailor_dcp.base import Base, open_base
-from tailor_dcp.errors import NoCheckpointError
+from tailor_dcp.errors import DamagedSourceError, NoCheckpointError
+from tailor_dcp.file_marks import mark_of
 from tailor_dcp.layers import LayerMap
-from tailor_dcp.location import METADATA
+from tailor_dcp.location import METADATA, is_within
 from tailor_dcp.metadata.compose import file_sizes, shape_of, unstored
 from tailor_dcp.metadata.record import Origin, UnitRecord
+from tailor_dcp.raw_stretch import is_raw
 from tailor_dcp.runs import latest
 from tailor_dcp.units import Unit
 
@@ -65,7 +67,9 @@ class Inspection:
         live: bytes that loading this checkpoint reads.
         pinned: dead bytes in the files it holds: kept on disk, never read.
         metadata: size of ``.metadata``.
-        missing: files that it needs and that are not there, or too short; tensors of which it tells no file.
+        missing: files that it needs and that are not there, too short or changed since they were linked; tensors of
+            which it tells no file.
+        linked: another program's files that it has tensors in, which only ``LayerwiseReader`` reads.
     """
 
     path: str
@@ -81,6 +85,7 @@ class Inspection:
     pinned: int
     metadata: int
     missing: tuple[str, ...]
+    linked: tuple[str, ...] = ()
 
     @property
     def stalest(self) -> dict[str, int]:
@@ -96,7 +101,7 @@ class Inspection:
 
 
 def inspect(path: str | os.PathLike[str]) -> Inspection:
-    """Look into a checkpoint's metadata; no tensor is read and nothing is executed.
+    """Look into a checkpoint's metadata; no tensor is read as such and nothing is executed.
 
     Raises:
         NoCheckpointError: the folder holds no committed checkpoint.
@@ -126,8 +131,10 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         metadata=(folder / METADATA).stat().st_size,
         missing=(
             *sorted(n for n, size in sizes.items() if size is None or size < needed[n]),
+            *sorted(f"{n} (changed)" for n, size in sizes.items() if size is not None and _changed(n, base)),
             *(f"{key} (in no file)" for key in unstored(base.metadata)),
         ),
+        linked=tuple(sorted({info.relative_path for info in base.metadata.storage_data.values() if is_raw(info)})),
     )
 
 
@@ -176,7 +183,18 @@ def _written(base: Base) -> int:
     if base.record is not None:
         units = base.record.units.values()
         carried = {key for unit in units if unit.origin.save_id != base.save_id for key in unit.keys}
-    return sum(info.length for index, info in base.metadata.storage_data.items() if index.fqn not in carried)
+    infos = (info for index, info in base.metadata.storage_data.items() if index.fqn not in carried)
+    return sum(info.length for info in infos if not is_raw(info))
+
+
+def _changed(name: str, base: Base) -> bool:
+    mark = base.record.marks.get(name) if base.record else None
+    if mark is None or not is_within(base.location.folder / name, base.location.run):
+        return False
+    try:
+        return mark_of(base.location.folder / name) != mark
+    except DamagedSourceError:
+        return True
 
 
 def _size(path: Path) -> int | None:

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import _create_read_items
 from torch.distributed.tensor import DTensor
@@ -28,8 +28,10 @@ from tailor_dcp.errors import LoadError
 from tailor_dcp.load_checks import check_form, check_places, check_whole
 from tailor_dcp.load_sources import Chosen, Selector, Source, Wishes, choose, selectors
 from tailor_dcp.location import METADATA, is_url, locate, same_folder
+from tailor_dcp.metadata.compose import chunk_shape
 from tailor_dcp.metadata.record import record_of, save_id_of
 from tailor_dcp.names import close, listed
+from tailor_dcp.raw_stretch import Described, is_raw
 
 Reads = dict[str, tuple[Source, list[ReadItem]]]
 
@@ -175,7 +177,7 @@ class LayerwiseLoadPlanner(DefaultLoadPlanner):
                 for item in items:
                     info = places[item.storage_index]
                     path = os.path.relpath(entry.contents.file(info), here)
-                    others[item.storage_index] = replace(info, relative_path=path)
+                    others[item.storage_index] = _moved(info, path, item, entry)
         if others:
             metadata.storage_data = {**metadata.storage_data, **others}
 
@@ -217,6 +219,15 @@ def _items(key: str, value: Any, source: Source, own: Contents) -> list[ReadItem
     items: list[ReadItem] = _create_read_items(name, source.stored, value)
     check_whole(key, value, source, items)
     return [replace(item, dest_index=replace(item.dest_index, fqn=key)) for item in items]
+
+
+def _moved(info: _StorageInfo, path: str, item: ReadItem, entry: Source) -> _StorageInfo:
+    """Return a blob's place as seen from another checkpoint, whose metadata does not tell what a raw stretch is."""
+    if not is_raw(info) or not isinstance(entry.stored, TensorStorageMetadata):
+        return replace(info, relative_path=path)
+    shape = tuple(chunk_shape(item.storage_index, entry.stored))
+    dtype = entry.stored.properties.dtype
+    return Described(path, info.offset, info.length, info.transform_descriptors, shape, dtype)
 
 
 def _meta_tensors(state_dict: dict[str, Any]) -> dict[str, tuple[tuple[str | int, ...], torch.Tensor]]:

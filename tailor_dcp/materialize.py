@@ -25,6 +25,7 @@ from tailor_dcp.location import METADATA, is_url, is_within
 from tailor_dcp.metadata.compose import StorageData, unstored
 from tailor_dcp.metadata.record import ATTRIBUTE, Record
 from tailor_dcp.ranges import Advance
+from tailor_dcp.raw_stretch import bytes_of, is_raw
 
 LARGEST_FILE = 4 << 30
 """Bytes after which a new file is begun; a blob is never split."""
@@ -70,7 +71,8 @@ def materialize(
     """Copy what a checkpoint needs into a folder that needs no other.
 
     Only live bytes are copied, in the order of the state dict. The new checkpoint is a save of its
-    own that remembers the origins; plain ``dcp.load`` reads it. It appears under its name when it
+    own that remembers the origins; plain ``dcp.load`` reads it, also where the input is linked to another program's
+    files: every raw stretch becomes a blob of DCP's. It appears under its name when it
     is complete, and the input is never changed.
 
     Args:
@@ -85,7 +87,7 @@ def materialize(
         MaterializeError: ``out`` exists, or cannot be written.
         NoCheckpointError: ``checkpoint`` is not committed.
         UnreadableMetadataError: its ``.metadata`` is damaged, or names files outside of its run.
-        DamagedCheckpointError: a file is missing or too short, or a checksum differs.
+        DamagedCheckpointError: a file is missing, too short or changed, or a checksum differs.
     """
     target = new_folder(out)
     base = open_base(Path(checkpoint))
@@ -122,8 +124,7 @@ def materialize_base(
         commit(_metadata(base, target, save_id, copier), partial)
         partial.rename(target)
         sync_folder(target.parent)
-    total = sum(length for _, _, length in stretches)
-    return Materialized(str(target), total, copier.files, len(stretches), copier.checked)
+    return Materialized(str(target), copier.bytes, copier.files, len(stretches), copier.checked)
 
 
 def new_folder(out: str | os.PathLike[str]) -> Path:
@@ -155,7 +156,7 @@ def _partial_folder(partial: Path, target: Path) -> Iterator[None]:
 
 
 def _advance(stretches: list[Stretch], progress: Callable[[int, int], None] | None) -> Advance:
-    total, done = sum(length for _, _, length in stretches), 0
+    total, done = sum(stretch.length for stretch in stretches), 0
 
     def advance(count: int) -> None:
         nonlocal done
@@ -185,11 +186,19 @@ def _stretches(base: Base) -> list[Stretch]:
             raise UnreadableMetadataError(
                 f"{source} names {name}, which lies outside of the run {base.location.run}; nothing was copied."
             )
-    stretches = list(dict.fromkeys(stretch_of(info) for info in infos))
-    for (file, start, length), (other, next_start, _) in pairwise(sorted(stretches)):
+    stretches = list(
+        dict.fromkeys(stretch_of(index, info, base.metadata) for blobs in base.blobs.values() for index, info in blobs)
+    )
+    for one, other in pairwise(sorted(stretches, key=lambda stretch: stretch[:3])):
         # Overlapping ones could make a small file fill a disk.
-        if file == other and start + length > next_start:
-            raise UnreadableMetadataError(f"{source} places two entries in the same bytes of {file}; it is damaged.")
+        if one.file == other.file and one.offset + one.length > other.offset:
+            raise UnreadableMetadataError(
+                f"{source} places two entries in the same bytes of {one.file}; it is damaged."
+            )
+    for stretch in stretches:
+        told = bytes_of(stretch.shape, stretch.dtype) if stretch.shape is not None and stretch.dtype else None
+        if told is not None and (told != stretch.length or not told):
+            raise UnreadableMetadataError(f"{source} tells two sizes of what is in {stretch.file}; it is damaged.")
     return stretches
 
 
@@ -200,8 +209,9 @@ def _metadata(base: Base, target: Path, save_id: str, copier: BlobCopier) -> Met
     old = base.metadata
     moved: StorageData = {}
     for index, info in ((index, info) for blobs in base.blobs.values() for index, info in blobs):
-        file, offset = copier.places[stretch_of(info)]
-        moved[index] = replace(info, relative_path=file, offset=offset)
+        place = copier.places[stretch_of(index, info, old)]
+        transforms = None if is_raw(info) else info.transform_descriptors
+        moved[index] = replace(place, transform_descriptors=transforms)
     modules = old.storage_meta.modules if old.storage_meta else []
     metadata = Metadata(
         state_dict_metadata=old.state_dict_metadata,
@@ -231,4 +241,6 @@ def _record(base: Base, save_id: str, crcs: dict[str, dict[int, int]]) -> Record
         units=unit_records(base),
     )
     # The time stays: it holds an old state, and among the checkpoints of a run must not pass for the newest.
-    return replace(old, save_id=save_id, carry="copy", parent=base.origin, crcs=crcs)
+    # What was only put together in memory is nobody's parent: what it came from is.
+    parent = old.parent if base.files else base.origin
+    return replace(old, save_id=save_id, carry="copy", parent=parent, crcs=crcs, marks={})

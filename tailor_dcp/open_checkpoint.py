@@ -16,9 +16,11 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from tailor_dcp.base import open_base
 from tailor_dcp.contents import Contents
 from tailor_dcp.entries import load_entry
-from tailor_dcp.errors import LoadError
+from tailor_dcp.errors import DamagedSourceError, LoadError
 from tailor_dcp.metadata.compose import shape_of
 from tailor_dcp.names import close, listed
+from tailor_dcp.raw_stretch import bytes_of, is_raw
+from tailor_dcp.tensors import raw_bytes, read_file
 
 
 class NoSuchNameError(LoadError, KeyError):
@@ -171,7 +173,8 @@ class Checkpoint(Mapping[str, Any]):
         for chunk in stored.chunks:
             if chunk.offsets not in places:
                 raise self._damaged(key, f"the part at {tuple(chunk.offsets)} is stored nowhere")
-            part = self.blob(key, places[chunk.offsets])
+            info = places[chunk.offsets]
+            part = self._raw(key, info, chunk.sizes, whole.dtype) if is_raw(info) else self.blob(key, info)
             if not isinstance(part, torch.Tensor) or part.shape != chunk.sizes or part.dtype != whole.dtype:
                 raise self._damaged(key, f"the part at {tuple(chunk.offsets)} is not the tensor that it should be")
             here = tuple(slice(o, o + size) for o, size in zip(chunk.offsets, chunk.sizes, strict=True))
@@ -182,12 +185,23 @@ class Checkpoint(Mapping[str, Any]):
         self, key: str, stored: TensorStorageMetadata, blobs: list[tuple[MetadataIndex, _StorageInfo]]
     ) -> None:
         size = shape_of(stored).bytes
-        plain = not any(info.transform_descriptors for _, info in blobs)
+        plain = not any(info.transform_descriptors and not is_raw(info) for _, info in blobs)
         # A few bytes of metadata can claim any size: ask for no memory that the stored bytes cannot fill.
         if plain and size > sum(info.length for _, info in blobs):
             raise self._damaged(key, f"its {size} bytes are not stored in full")
         if sum(math.prod(chunk.sizes) for chunk in stored.chunks) < math.prod(stored.size):
             raise self._damaged(key, "its parts do not add up to the whole")
+
+    def _raw(self, key: str, info: _StorageInfo, size: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """Read a stretch that is as it is in memory."""
+        if bytes_of(size, dtype) != info.length:
+            raise self._damaged(key, "its bytes are not those of its shape")
+        part = torch.empty(info.length // dtype.itemsize, dtype=dtype)
+        try:
+            read_file(self._contents.file(info), info.offset, raw_bytes(part))
+        except DamagedSourceError as error:
+            raise LoadError(f"{str(error).rstrip('.')} ({self._contents.described(key)}).") from error
+        return part.reshape(size)
 
     def blob(self, key: str, info: _StorageInfo) -> Any:
         """Read one of the stretches that an entry is stored in.

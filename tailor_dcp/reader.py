@@ -19,6 +19,7 @@ from tailor_dcp.base import Base
 from tailor_dcp.contents import Contents
 from tailor_dcp.errors import LoadError
 from tailor_dcp.location import METADATA, is_url, locate
+from tailor_dcp.metadata.compose import chunk_shape
 from tailor_dcp.metadata.record import record_of, save_id_of
 from tailor_dcp.metadata.safe_pickle import read
 from tailor_dcp.open_checkpoint import Checkpoint
@@ -182,7 +183,7 @@ class LayerwiseReader(StorageReader):
     def _read(self, item: ReadItem, info: _StorageInfo, contents: Contents, planner: LoadPlanner, cast_: bool) -> Read:
         """Return what is to be read for one item, checked against the tensor that it goes into."""
         key = _key(item)
-        stored = contents.base.metadata.state_dict_metadata.get(key)
+        stored = contents.base.metadata.state_dict_metadata.get(item.storage_index.fqn)
         target = planner.resolve_tensor(item).detach()
         if tuple(target.shape) != tuple(item.lengths):
             raise LoadError(
@@ -198,7 +199,7 @@ class LayerwiseReader(StorageReader):
                 f"{contents.described(key)} in {self.path} is stored as {dtype}, but is {target.dtype} in the state "
                 f"dict; pass cast=True to convert it."
             )
-        return Read(item, info, target, _chunk_shape(item, stored), dtype)
+        return Read(item, info, target, chunk_shape(item.storage_index, stored), dtype)
 
 
 def _cores() -> int:
@@ -220,16 +221,6 @@ def _with_ranks(plan: LoadPlan, ranks: int) -> LoadPlan:
 def _key(item: ReadItem) -> str:
     """Return the key that an item is stored under; what comes from another step has that step before it."""
     return item.storage_index.fqn.rpartition("\0")[2]
-
-
-def _chunk_shape(item: ReadItem, stored: TensorStorageMetadata) -> torch.Size:
-    """Return the shape of the stored chunk that an item is a part of."""
-    index = item.storage_index
-    if index.index is not None and index.index < len(stored.chunks):
-        hinted = stored.chunks[index.index]
-        if index.offset is None or hinted.offsets == index.offset:
-            return hinted.sizes
-    return next((chunk.sizes for chunk in stored.chunks if chunk.offsets == index.offset), stored.size)
 
 
 def _entry(item: ReadItem, info: _StorageInfo, contents: Contents) -> Entry:

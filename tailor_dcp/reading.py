@@ -17,6 +17,7 @@ from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
+from tailor_dcp.archives import Archived, archived_in, touched
 from tailor_dcp.byte_runs import Box, Runs, runs_of
 from tailor_dcp.contents import Contents
 from tailor_dcp.crc import crc32
@@ -25,6 +26,7 @@ from tailor_dcp.fetching import Fetch, fetch
 from tailor_dcp.open_checkpoint import Checkpoint
 from tailor_dcp.open_files import read_file
 from tailor_dcp.raw_blobs import HEAD, Plain, plain
+from tailor_dcp.raw_stretch import Described, bytes_of, is_raw
 
 _SMALL = 2048
 """Bytes; shorter runs than these are read together with what lies between them."""
@@ -95,6 +97,8 @@ class Reading:
         self.plain = list(self._each(self._located, self.reads))
 
     def _located(self, one: Read) -> Plain | None:
+        if is_raw(one.info):
+            return self._raw_stretch(one)
         if one.info.transform_descriptors:
             return None
         head = bytearray(min(HEAD, one.info.length))
@@ -104,6 +108,15 @@ class Reading:
         if found is not None and one.shape is not None and (found.shape, found.dtype) != (tuple(one.shape), one.dtype):
             raise self._damaged(one, f"it holds a {found.dtype} of shape {found.shape} there")
         return found
+
+    def _raw_stretch(self, one: Read) -> Plain:
+        """Return where all of a blob is the tensor's bytes."""
+        shape, dtype = one.shape, one.dtype
+        if isinstance(one.info, Described):
+            shape, dtype = one.info.shape, one.info.dtype
+        if shape is None or dtype is None or bytes_of(shape, dtype) != one.info.length:
+            raise self._damaged(one, f"its {one.info.length} bytes there are not those of its shape")
+        return Plain(0, tuple(shape), dtype)
 
     # Filling tensors ---------------------------------------------------------------------
 
@@ -166,13 +179,19 @@ class Reading:
     def verify(self) -> None:
         """Compare the checksum of every blob: the whole blob's where the record has it, else its zip archive's.
 
+        safetensors files, which a linked checkpoint may have, hold no checksums.
+
         Raises:
             LoadError: one differs.
         """
         blobs = {
-            (one.info.relative_path, one.info.offset): (one, n) for one, n in zip(self.reads, self.plain, strict=True)
+            (one.info.relative_path, one.info.offset): (one, n)
+            for one, n in zip(self.reads, self.plain, strict=True)
+            if not is_raw(one.info)
         }
         for _ in self._each(lambda blob: self._verify(*blob), list(blobs.values())):
+            pass
+        for _ in self._each(lambda held: self._verify_archived(*held), list(self._archived().items())):
             pass
         for entry in self.entries:
             self._verify_entry(entry)
@@ -188,6 +207,26 @@ class Reading:
                 good = _crc(path, info.offset + found.start, found.bytes) == self._descriptor(one, found)
             else:
                 good = _archive_is_good(self._raw(info))
+        if not good:
+            raise self._damaged(one, "its checksum differs")
+
+    def _archived(self) -> dict[tuple[Path, Archived], Read]:
+        """Return the records of other programs' archives that hold raw stretches, and one of these for each."""
+        held: dict[tuple[Path, Archived], Read] = {}
+        files: dict[Path, Sequence[Archived]] = {}
+        for one in (one for one in self.reads if is_raw(one.info)):
+            path = self.contents.file(one.info)
+            if path not in files:
+                with self._named(one):
+                    files[path] = archived_in(path)
+            for record in touched(files[path], one.info.offset, one.info.length):
+                held.setdefault((path, record), one)
+        return held
+
+    def _verify_archived(self, place: tuple[Path, Archived], one: Read) -> None:
+        path, record = place
+        with self._named(one):
+            good = _crc(path, record.start, record.length) == record.crc
         if not good:
             raise self._damaged(one, "its checksum differs")
 

@@ -82,6 +82,11 @@ def _summary(found: Inspection) -> str:
     ]
     if found.parent:
         lines.append(f"carries    from {found.parent} by {found.carry}")
+    if found.linked:
+        lines.append(
+            f"linked     to {_files(found.linked)}: load it with tailor_dcp.LayerwiseReader, or make a plain copy with "
+            f"`tailor materialize`"
+        )
     stale = {kind: steps for kind, steps in found.stalest.items() if steps}
     lines.append("resuming   " + (_loss(stale) if stale else "here loses nothing"))
     if found.missing:

@@ -21,6 +21,7 @@ from tailor_dcp.commit import commit
 from tailor_dcp.companions import put_files
 from tailor_dcp.crc import crc32
 from tailor_dcp.errors import TailorError
+from tailor_dcp.file_marks import mark_of
 from tailor_dcp.lineage import new_save_id
 from tailor_dcp.location import locate
 from tailor_dcp.locks import Lock
@@ -191,7 +192,7 @@ def give_name(folder: Path, out: Path) -> None:
 
 
 def check_files(files: Iterable[File]) -> None:
-    """Check that every file is there and long enough, opening none.
+    """Check that every file is there, long enough and, where another program wrote it, the one that was linked.
 
     Raises:
         RecipeError: naming one that is not.
@@ -203,3 +204,8 @@ def check_files(files: Iterable[File]) -> None:
             raise RecipeError(f"{file.path} is missing ({error.strerror}); use another checkpoint.") from error
         if size < file.size:
             raise RecipeError(f"{file.path} has {size} bytes where {file.size} are needed; use another checkpoint.")
+        if file.mark and mark_of(file.path) != file.mark:
+            raise RecipeError(
+                f"{file.path} has changed since its checkpoint was linked to it; restore the file, or convert its "
+                f"checkpoint anew."
+            )

@@ -15,11 +15,13 @@ from torch.distributed.checkpoint.metadata import STORAGE_TYPES, BytesStorageMet
 
 from tailor_dcp.base import Base
 from tailor_dcp.contents import Contents
+from tailor_dcp.file_marks import Mark
 from tailor_dcp.merging.naming import KeyPath, renamed_path
 from tailor_dcp.merging.param_groups import is_list, renamed_keys, renamed_list
 from tailor_dcp.merging.resolve import Resolved, Slot
 from tailor_dcp.metadata.compose import StorageData
 from tailor_dcp.metadata.record import Origin, Record, UnitRecord
+from tailor_dcp.raw_stretch import RAW, is_raw
 from tailor_dcp.units import Unit
 
 _OPTIMIZER = re.compile(r"(?:.*\.)?(?:optim\w*|param_groups)(?:\..*)?")
@@ -35,11 +37,13 @@ class File:
         path: where it is, symbolic links resolved.
         save_id: the save that wrote it.
         size: bytes that it must at least have.
+        mark: what tells that it is still the one that was linked, if another program wrote it.
     """
 
     path: Path
     save_id: str
     size: int
+    mark: Mark | None = None
 
 
 @dataclass
@@ -57,6 +61,7 @@ class Remapped:
         narrowed: the training state's dtype of keys that are stored in a narrower one.
         ties: keys that share one storage.
         fingerprints: of keys that have one.
+        marks: of files that have one, once they have a place.
     """
 
     entries: dict[str, STORAGE_TYPES] = field(default_factory=dict)
@@ -69,11 +74,13 @@ class Remapped:
     narrowed: dict[str, str] = field(default_factory=dict)
     ties: list[tuple[str, ...]] = field(default_factory=list)
     fingerprints: dict[str, int] = field(default_factory=dict)
+    marks: dict[str, Mark] = field(default_factory=dict)
 
     def place(self, names: Mapping[str, str]) -> None:
         """Give the files the names that they have in the result's folder."""
         for info in self.storage.values():  # each is our own
             info.relative_path = names.get(info.relative_path, info.relative_path)
+        self.marks = {names.get(name, name): file.mark for name, file in self.files.items() if file.mark}
         crcs, self.crcs = self.crcs, {}
         for file, blobs in crcs.items():
             self.crcs.setdefault(names.get(file, file), {}).update(blobs)
@@ -99,6 +106,7 @@ class Remapped:
             ties=tuple(self.ties),
             crcs=self.crcs,
             fingerprints=self.fingerprints,
+            marks=self.marks,
         )
 
 
@@ -117,6 +125,7 @@ def remap(resolved: Resolved, sources: Mapping[str, Contents], read: Read) -> Re
     mapper.add_units(resolved)
     if resolved.train is not None:
         mapper.add_train(resolved, read)
+    mapper.add_files()
     return mapper.made
 
 
@@ -127,6 +136,9 @@ class _Mapper:
         self._number = {name: number for number, name in enumerate(sources)}
         self._origins = {name: _origins(contents) for name, contents in sources.items()}
         self._called: dict[tuple[str, str], list[str]] = {}
+        self._names: dict[str, dict[str, str]] = {name: {} for name in sources}
+        self._found: dict[str, File] = {}
+        self._ends: dict[str, int] = {}
 
     def add_slot(self, slot: Slot) -> None:
         """Take a parameter, buffer or optimizer state over."""
@@ -170,10 +182,17 @@ class _Mapper:
     def _add(self, source: str, old: str, key: str, path: KeyPath) -> None:
         base, made = self._sources[source].base, self.made
         made.entries[key], made.paths[key] = base.metadata.state_dict_metadata[old], path
-        for index, info in base.blobs[old]:
+        names, crcs = self._names[source], base.record.crcs if base.record else {}
+        for index, info in base.blobs[old]:  # one for each shard: by far the most work is here
             mine = index if key == old else MetadataIndex(key, index.offset, index.index)
-            file = self._file(source, info, old)
-            made.storage[mine] = _StorageInfo(file, info.offset, info.length, info.transform_descriptors)
+            name = names.get(info.relative_path) or self._file(source, info, old)
+            transforms = info.transform_descriptors
+            if transforms and is_raw(info):
+                transforms = RAW  # one object for all of them
+            made.storage[mine] = _StorageInfo(name, info.offset, info.length, transforms)
+            self._ends[name] = max(self._ends[name], info.offset + info.length)
+            if crcs and info.offset in crcs.get(info.relative_path, ()):
+                made.crcs.setdefault(name, {})[info.offset] = crcs[info.relative_path][info.offset]
         if base.record is not None:
             if old in base.record.narrowed:
                 made.narrowed[key] = base.record.narrowed[old]
@@ -181,19 +200,19 @@ class _Mapper:
                 made.fingerprints[key] = base.record.fingerprints[old]
 
     def _file(self, source: str, info: _StorageInfo, key: str) -> str:
-        """Return the name of the file that holds a blob, and note what it must have."""
+        """Note a file that is needed, and return the name that it has for the time being."""
+        name = f"{self._number[source]}/{info.relative_path}"
+        self._names[source][info.relative_path], self._ends[name] = name, 0
         contents = self._sources[source]
-        name, end = f"{self._number[source]}/{info.relative_path}", info.offset + info.length
-        known = self.made.files.get(name)
-        if known is None:
-            self.made.files[name] = File(contents.file(info), self._origin(source, key).save_id, end)
-        elif known.size < end:
-            self.made.files[name] = replace(known, size=end)
-        record = contents.base.record
-        crc = record.crcs.get(info.relative_path, {}).get(info.offset) if record else None
-        if crc is not None:
-            self.made.crcs.setdefault(name, {})[info.offset] = crc
+        mark = contents.base.record.marks.get(info.relative_path) if contents.base.record else None
+        self._found[name] = File(
+            contents.file(info), self._origin(source, key).save_id, 0, Mark(*mark) if mark else None
+        )
         return name
+
+    def add_files(self) -> None:
+        """Note all files with the sizes that they must have."""
+        self.made.files = {name: replace(file, size=self._ends[name]) for name, file in self._found.items()}
 
     def _origin(self, source: str, key: str) -> Origin:
         return self._origins[source].get(key, self._sources[source].base.origin)

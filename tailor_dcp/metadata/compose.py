@@ -45,6 +45,15 @@ def shape_of(entry: STORAGE_TYPES) -> Shape:
     return Shape(None, None)
 
 
+def chunk_shape(index: MetadataIndex, stored: TensorStorageMetadata) -> torch.Size:
+    """Return the shape of the stored chunk that an index tells of."""
+    if index.index is not None and index.index < len(stored.chunks):
+        hinted = stored.chunks[index.index]
+        if index.offset is None or hinted.offsets == index.offset:
+            return hinted.sizes
+    return next((chunk.sizes for chunk in stored.chunks if chunk.offsets == index.offset), stored.size)
+
+
 def blobs_by_key(metadata: Metadata) -> Blobs:
     """Group a checkpoint's stored blobs by the key that they belong to."""
     grouped: Blobs = {key: [] for key in metadata.state_dict_metadata}

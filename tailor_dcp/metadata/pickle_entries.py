@@ -25,6 +25,7 @@ from tailor_dcp.metadata.pickle_names import (
     CHUNK,
     INDEX,
     INFO,
+    MAX_LENGTH,
     PROPERTIES,
     SIZE,
     TENSOR,
@@ -49,6 +50,8 @@ _ENTRIES = {
     INDEX: rb"{INDEX}\)\x81\x94\}\x94\({fqn}%s{index}(N|%s)(?:{offset}%s)?ub" % (_TEXT, _WHOLE, _DIMS)
     + rb"{INFO}\)\x81\x94\}\x94\({relative_path}%s{offset}(%s){length}(%s)ub" % (_TEXT, _WHOLE, _WHOLE),
 }
+# What a linked checkpoint adds to the places of its raw stretches: one tuple of texts, for all of them the same.
+_TRANSFORMS = rb"(?:{transform_descriptors}%s)?ub" % rb"(h.|j....)"
 _BLANK = re.compile(rb"\{([A-Za-z_]+)\}")
 _MARKERS = {
     b"SIZE": SIZE,
@@ -62,6 +65,8 @@ _BLANKS = {
     asked: {blank: _MARKERS.get(blank, blank.decode()) for blank in _BLANK.findall(entry)}
     for asked, entry in _ENTRIES.items()
 }
+_TRANSFORMS_NAME = "transform_descriptors"
+_PLACE_GROUPS = re.compile(_BLANK.sub(b"", _ENTRIES[INDEX]), re.DOTALL).groups
 _PROPERTY_TYPES = tuple(types[0] for types in TYPES[TensorProperties].values())
 _Match = Callable[[bytes, int], re.Match[bytes] | None]
 
@@ -69,22 +74,24 @@ _Match = Callable[[bytes, int], re.Match[bytes] | None]
 def _entries(m: Machine, asked: Asked, start: int) -> bool:
     """Read all the entries from here on that match; false if there are none."""
     if asked not in m.patterns and m.where.keys() >= set(_BLANKS[asked].values()):
-        m.patterns[asked] = _pattern(m, asked)
+        m.patterns[asked] = _pattern(m, _ENTRIES[asked])
     if asked not in m.patterns:
         return False
+    if asked is INDEX and m.patterns[asked].groups == _PLACE_GROUPS and _TRANSFORMS_NAME in m.where:
+        m.patterns[asked] = _pattern(m, _ENTRIES[asked].removesuffix(b"ub") + _TRANSFORMS)
     end = _READERS[asked](m, m.patterns[asked].match, start)
     m.pos = end if end > start else m.pos
     return end > start
 
 
-def _pattern(m: Machine, asked: Asked) -> re.Pattern[bytes]:
+def _pattern(m: Machine, entry: bytes) -> re.Pattern[bytes]:
     """The entry as this file writes it, where everything in it has been memoized."""
 
     def get(found: re.Match[bytes]) -> bytes:
-        index = m.where[_BLANKS[asked][found[1]]]
+        index = m.where[_MARKERS.get(found[1], found[1].decode())]
         return re.escape(b"h%c" % index if index < 256 else b"j" + index.to_bytes(4, "little"))
 
-    return re.compile(_BLANK.sub(get, _ENTRIES[asked]), re.DOTALL)
+    return re.compile(_BLANK.sub(get, entry), re.DOTALL)
 
 
 # An entry may refer to what it has memoized itself, so each reader adds to the memo in the entry's own order.
@@ -126,7 +133,12 @@ def _read_tensor(m: Machine, match: _Match, end: int) -> int:
 def _read_places(m: Machine, match: _Match, end: int) -> int:
     known, texts, stack, memo = m.known, m.texts, m.stack, m.memo
     while found := match(m.data, end):
-        fqn_code, hint, offset_code, path_code, start, length = found.groups()
+        fqn_code, hint, offset_code, path_code, start, length, *more_codes = found.groups()
+        transforms = None
+        if more_codes and more_codes[0]:
+            transforms = _transforms_of(m, more_codes[0])
+            if transforms is None:
+                break
         fqn = texts.get(fqn_code) or _text_of(m, fqn_code)
         path = texts.get(path_code) or _text_of(m, path_code)
         if fqn is None or path is None:
@@ -134,7 +146,7 @@ def _read_places(m: Machine, match: _Match, end: int) -> int:
         index = MetadataIndex.__new__(MetadataIndex)
         fields = vars(index)
         fields["fqn"], fields["index"] = fqn, None if hint == b"N" else _whole(hint)
-        info = _StorageInfo(path, _whole(start), _whole(length))
+        info = _StorageInfo(path, _whole(start), _whole(length), transforms)
         memo += (index, _SPENT)
         if fqn_code[0] == 0x8C:
             memo.append(fqn)
@@ -155,6 +167,15 @@ SHORTCUTS = dict.fromkeys(_READERS, _entries)
 
 def _whole(code: bytes) -> int:
     return int.from_bytes(code[2 if code[0] == 0x8A else 1 :], "little")
+
+
+def _transforms_of(m: Machine, code: bytes) -> tuple[str, ...] | None:
+    """The tuple of texts that a GET stands for; None if it is anything else, such as a list that could still grow."""
+    index = int.from_bytes(code[1:], "little")
+    value = m.memo[index] if index < len(m.memo) else None
+    if type(value) is not tuple or len(value) > MAX_LENGTH or set(map(type, value)) - {str}:
+        return None
+    return value
 
 
 def _text_of(m: Machine, code: bytes) -> str | None:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from tailor_dcp.errors import UnreadableMetadataError
+from tailor_dcp.file_marks import Mark
 from tailor_dcp.units import Unit
 
 ATTRIBUTE = "tailor"
@@ -64,6 +65,8 @@ class Record:
         crcs: CRC-32 of blobs: file, then offset. Only ``LayerwiseWriter`` fills it.
         fingerprints: of the values that the keys had at their origin, in the training state's dtype
             (``tailor_dcp.fingerprint``). Only saves whose policy needs them add any.
+        marks: size and sampled checksum (``tailor_dcp.file_marks``) of files that another program wrote: a linked
+            checkpoint's.
     """
 
     save_id: str
@@ -78,6 +81,7 @@ class Record:
     ties: tuple[tuple[str, ...], ...] = ()
     crcs: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
     fingerprints: Mapping[str, int] = field(default_factory=dict)
+    marks: Mapping[str, Mark] = field(default_factory=dict)
 
     def to_builtins(self) -> dict[str, Any]:
         """Return the serialised form. Origins are listed once: thousands of units share a handful."""
@@ -102,6 +106,7 @@ class Record:
             "crcs": {file: dict(blobs) for file, blobs in self.crcs.items()},
             # As text: they are wider than any integer of the formats that a record may pass through.
             "fingerprints": {key: f"{value:x}" for key, value in self.fingerprints.items()},
+            "marks": {file: list(mark) for file, mark in self.marks.items()},
         }
 
 
@@ -123,6 +128,7 @@ class _Serialised(BaseModel):
     ties: list[list[str]] = []
     crcs: dict[str, dict[int, int]] = {}
     fingerprints: dict[str, Annotated[str, Field(pattern=r"\A[0-9a-f]{1,32}\z")]] = {}
+    marks: dict[str, Annotated[list[int], Field(min_length=2, max_length=2)]] = {}
 
 
 def from_builtins(raw: object, source: str) -> Record:
@@ -164,6 +170,7 @@ def from_builtins(raw: object, source: str) -> Record:
         ties=tuple(tuple(group) for group in s.ties),
         crcs=s.crcs,
         fingerprints={key: int(value, 16) for key, value in s.fingerprints.items()},
+        marks={file: Mark(size, sample) for file, (size, sample) in s.marks.items()},
     )
 
 

@@ -1,4 +1,4 @@
-"""mergekit's plans over training checkpoints: what only picks is a remap with moments, what computes says so of them."""
+"""Plans of mergekit over training checkpoints: what only picks is a remap, what computes asks about moments."""
 
 from __future__ import annotations
 

@@ -1,0 +1,62 @@
+"""Archives: the records of what ``torch.save`` wrote for another program, and the checksum of each."""
+
+from __future__ import annotations
+
+import zipfile
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tailor_dcp.errors import DamagedSourceError
+
+_LOCAL_HEADER = 30
+
+
+class Archived(NamedTuple):
+    """A record.
+
+    Attributes:
+        start: its first byte in the file.
+        length: its bytes.
+        crc: their CRC-32.
+    """
+
+    start: int
+    length: int
+    crc: int
+
+
+def archived_in(path: Path) -> Sequence[Archived]:
+    """Return a file's uncompressed records in their order; none if it is no archive.
+
+    Raises:
+        DamagedSourceError: it is cut off, or cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            if stream.read(4) != b"PK\x03\x04":
+                return ()
+            with zipfile.ZipFile(stream) as archive:
+                return sorted(_record(archive, entry) for entry in archive.infolist() if not entry.compress_type)
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise DamagedSourceError(f"{path} is damaged ({error}); copy it anew.") from error
+
+
+def _record(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Archived:
+    stream = archive.fp
+    assert stream is not None
+    stream.seek(entry.header_offset)
+    header = stream.read(_LOCAL_HEADER)
+    names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    return Archived(entry.header_offset + _LOCAL_HEADER + names, entry.file_size, entry.CRC)
+
+
+def touched(records: Sequence[Archived], offset: int, length: int) -> Iterator[Archived]:
+    """Yield the records that a stretch has bytes of."""
+    number = max(0, bisect_right(records, offset, key=lambda record: record.start) - 1)
+    for record in records[number:]:
+        if record.start >= offset + length:
+            break
+        if record.start + record.length > offset:
+            yield record

@@ -30,7 +30,9 @@ from tailor_dcp.metadata.record import ATTRIBUTE
 from tailor_dcp.recipes.errors import RecipeError
 
 
-def assemble(made: Remapped, folder: Path, out: Path, base: Base, step: int | None, files: Mapping[str, Path]) -> int:
+def assemble(
+    made: Remapped, folder: Path, out: Path, base: Base, step: int | None, files: Mapping[str, Path]
+) -> dict[str, str]:
     """Write a composite: link its files, and write ``.metadata`` and the param groups' lists of names.
 
     Args:
@@ -42,7 +44,7 @@ def assemble(made: Remapped, folder: Path, out: Path, base: Base, step: int | No
         files: companions: configuration, tokenizer.
 
     Returns:
-        How many files were linked.
+        The name in the folder of each of ``made.files``.
 
     Raises:
         RecipeError: a file cannot be linked.
@@ -55,7 +57,7 @@ def assemble(made: Remapped, folder: Path, out: Path, base: Base, step: int | No
     for touched in {folder, *((folder / name).parent for name in names.values())}:
         sync_folder(touched)
     commit(metadata_of(made, out, save_id, step, base), folder)
-    return len(set(names.values()))
+    return names
 
 
 def in_memory(made: Remapped, folder: Path, out: Path, base: Base, step: int | None) -> Base:

@@ -155,7 +155,7 @@ def check_outside(out: Path, sources: Iterable[Source]) -> None:
 
 
 def _composite(job: Job, materialize: bool) -> frozenset[Path]:
-    """Write a DCP checkpoint; return its files that are links."""
+    """Write a DCP checkpoint; return its files that it shares with its sources."""
     with growing(job.out) as scratch:
         contents = _contents(job, scratch / "sources")
         with collector_off():
@@ -168,9 +168,11 @@ def _composite(job: Job, materialize: bool) -> frozenset[Path]:
             whole = in_memory(made, folder, job.out, base, job.resolved.step)
             materialize_base(whole, job.out, files, progress=job.progress)
             return frozenset()
-        assemble(made, folder, job.out, base, job.resolved.step, files)
+        names = assemble(made, folder, job.out, base, job.resolved.step, files)
         give_name(folder, job.out)
-    return frozenset(job.out / name for name in {info.relative_path for info in made.storage.values()} if "/" in name)
+        # What was converted for this merge is its own, though it was linked into its place.
+        shared = {names[name] for name, file in made.files.items() if not is_within(file.path, scratch)}
+    return frozenset(job.out / name for name in shared)
 
 
 def _contents(job: Job, scratch: Path) -> dict[str, Contents]:

@@ -104,6 +104,8 @@ def merge(
         raise RecipeError(f"{to!r} is nothing that a merge can write; use {listed(TARGETS)}.")
     if materialize and to not in (None, "dcp"):
         raise RecipeError(f"--materialize is for DCP results; one in {to} has its own files anyway.")
+    if world_size is not None and not (to or "").startswith("zero"):
+        raise RecipeError("A world size is for ZeRO results alone (to zero3, zero2 or zero1); leave it out.")
     plan = recipe if isinstance(recipe, Recipe | Plan) else _read(recipe, allow)
     if isinstance(plan, Plan):
         done = compute(plan, target, to, materialize, world_size, allow, seed, tell)

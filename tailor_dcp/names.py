@@ -6,17 +6,36 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
+from tailor_dcp.errors import TailorError
+
+_MOST = 10_000
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
 
-def alternatives(pattern: str) -> list[str]:
-    """Return the plain globs that a pattern with braces stands for: ``{8,9}`` is either number."""
-    braces = _BRACES.search(pattern)
+@lru_cache(maxsize=1024)
+def alternatives(pattern: str) -> tuple[str, ...]:
+    """Return the plain globs that a pattern with braces stands for: ``{8,9}`` is either number.
+
+    Raises:
+        TailorError: they are too many.
+    """
+    globs = [pattern]
+    while any(_BRACES.search(glob) for glob in globs):
+        globs = [other for glob in globs for other in _opened(glob)]
+        if len(globs) > _MOST:
+            raise TailorError(f"{pattern!r} stands for more than {_MOST} names; write a glob with * instead.")
+    return tuple(globs)
+
+
+def _opened(glob: str) -> list[str]:
+    """Return what a glob stands for once its first braces are opened."""
+    braces = _BRACES.search(glob)
     if braces is None:
-        return [pattern]
-    before, after = pattern[: braces.start()], pattern[braces.end() :]
-    return [glob for part in braces[1].split(",") for glob in alternatives(before + part.strip() + after)]
+        return [glob]
+    before, after = glob[: braces.start()], glob[braces.end() :]
+    return [before + part.strip() + after for part in braces[1].split(",")]
 
 
 def matches(name: str, pattern: str) -> bool:

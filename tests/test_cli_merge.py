@@ -121,6 +121,15 @@ def test_every_option_of_the_short_form_has_its_effect(run: Path, tailor) -> Non
         (["--base", "run@300", "--to", "hf", "--materialize", "out"], "--materialize is for DCP results"),
         (["--base", "run@300", "--max-stale-steps", "50", "--take", f"{L1}=run@100", "out"], "200 steps older"),
         (["--base", "run@300", "run/step-300/out"], "lies inside of the source run@300"),
+        (["--base", "run@300", "--world-size", "2", "out"], "A world size is for ZeRO results alone"),
+        (["--base", "a" * 5000, "out"], "is no path (File name too long)"),
+        (["--base", "run@300", "--drop", "{a,b}" * 40, "out"], "stands for more than 10000 names"),
+        (["--method", "linear", "--models", "run@300", "out"], "--models takes the models and then the folder"),
+        (["--method", "linear", "--models", "a", "b", "--set", "x=[", "out"], "--set x=[ is no value"),
+        (["--method", "slerp", "--base", "a", "--models", "a", "b", "out"], "needs 't'; give it with --set t=VALUE"),
+        (["--method", "ties", "--models", "a", "b", "out"], "give it with --base MODEL"),
+        (["--flags", "f.jsonl", "run", "out"], "Write --flags LOG --at STEP RUN OUT"),
+        (["--flags", "none.jsonl", "--at", "3", "run", "out"], "none.jsonl cannot be read"),
     ],
 )
 def test_what_cannot_be_is_one_sentence_and_exit_code_2(  # type: ignore[no-untyped-def]

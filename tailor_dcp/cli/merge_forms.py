@@ -103,11 +103,20 @@ def _models(before: Sequence[str], asked: Asked) -> Plan:
     _refuse(asked, ("method", "models", "weights", "settings", "base", "optimizer"), "--method")
     if asked.method is None or not asked.models or not before:
         raise RecipeError("Write --method METHOD --models MODEL MODEL ... OUT, as --method linear --models A B C OUT.")
+    if len(before) < 2 and asked.base is None:
+        raise RecipeError("--models takes the models and then the folder to make: --models MODEL MODEL ... OUT.")
     weights = None if asked.weights is None else [_number(text, "--weights") for text in asked.weights.split(",")]
     settings = dict(_pair(text, "--set", "NAME=VALUE") for text in asked.settings)
-    values = {name: yaml.safe_load(text) for name, text in settings.items()}
+    values = {name: _value(name, text) for name, text in settings.items()}
     plan = competition(asked.method, before, values, weights=weights, base=asked.base)
     return plan if asked.optimizer is None else replace(plan, optimizer=asked.optimizer)
+
+
+def _value(name: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {name}={text} is no value; write a number, true or false, or a list.") from error
 
 
 def _by_flags(before: Sequence[str], asked: Asked, allow: tuple[str, ...]) -> Recipe:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tailor_dcp.catalog import Catalog
-from tailor_dcp.merging.param_groups import renamed_list
+from tailor_dcp.merging.param_groups import LISTS, renamed_list
 from tailor_dcp.merging.resolve import Resolved, Slot
 from tailor_dcp.tensors import Readable
 from tailor_dcp.units import WEIGHT
@@ -114,7 +114,8 @@ class _Tensors:
 
 
 def _group(group: Mapping[str, Any], resolved: Resolved) -> dict[str, Any]:
-    return {**group, "params": renamed_list(list(group["params"]), resolved.renamed, resolved.dropped)}
+    held = {key: list(group[key]) for key in LISTS if isinstance(group.get(key), list | tuple)}
+    return {**group, **{key: renamed_list(names, resolved.renamed, resolved.dropped) for key, names in held.items()}}
 
 
 def _renamed(train: Mapping[str, Any], resolved: Resolved) -> dict[str, Any]:

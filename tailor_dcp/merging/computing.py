@@ -40,6 +40,8 @@ def compute(
     sources = {model: opened(model) for model in plan.models}
     catalogs = {model: opened.catalog(model) for model in sources}
     target = to or _target(catalogs)
+    if materialize and target != "dcp":
+        raise RecipeError("--materialize is for DCP results, and this is a Hugging Face folder; add --to dcp.")
     check_outside(out, sources.values())
     merge = checked(plan, catalogs)
     chosen = picks(merge)

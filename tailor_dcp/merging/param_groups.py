@@ -6,7 +6,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-_LIST = re.compile(r"(?:.*\.)?param_groups\.\d+\.params|train\.zero\.(?:buffers|frozen)")
+LISTS = ("params", "param_names")
+"""Keys of a param group that name parameters; the second is there where an optimizer was given names itself."""
+
+_LIST = re.compile(rf"(?:.*\.)?param_groups\.\d+\.(?:{'|'.join(LISTS)})|train\.zero\.(?:buffers|frozen)")
 _FLAT = re.compile(r"(?P<head>(?:.*\.)?param_groups\.)(?P<fqn>.+)(?P<tail>\.[^.]+)")
 
 

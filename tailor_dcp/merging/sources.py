@@ -51,8 +51,11 @@ def path_of(name: str) -> Path:
         raise RecipeError(f"{name} is on an object store; a merge reads local folders only: copy it here first.")
     path = Path(name)
     at = _AT.fullmatch(name)
-    if path.exists() or at is None:
-        return path
+    try:
+        if path.exists() or at is None:
+            return path
+    except OSError as error:
+        raise RecipeError(f"{name[:60]}… is no path ({error.strerror}); give a checkpoint's.") from error
     run = Path(at["run"])
     if not run.is_dir():
         raise RecipeError(f"{name}: there is no run {run} in the current folder; give its path.")

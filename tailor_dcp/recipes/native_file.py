@@ -37,8 +37,8 @@ class _Native(_Checked):
     layers: dict[str, Annotated[list[_Take], BeforeValidator(_as_takes), Field(min_length=1)]] = {}
     rename: dict[str, Annotated[_Names, Field(min_length=1)]] = {}
     drop: _Names = []
-    train: str | None = None
-    optimizer: str = KEEP
+    train: str | None = Field(default=None, min_length=1)
+    optimizer: str = Field(default=KEEP, min_length=1)
     max_stale_steps: int | None = Field(default=None, ge=0)
 
 

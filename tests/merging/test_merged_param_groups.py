@@ -14,6 +14,7 @@ from tailor_dcp.merging.param_groups import is_list, renamed_keys, renamed_list
     [
         ("optim.param_groups.0.params", True),
         ("param_groups.11.params", True),
+        ("optim.param_groups.0.param_names", True),
         ("optimizers.a.param_groups.0.params", True),
         ("train.zero.frozen", True),
         ("train.zero.buffers", True),

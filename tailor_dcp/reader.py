@@ -137,8 +137,7 @@ class LayerwiseReader(StorageReader):
             raise problem
         if failed:
             raise LoadError(f"Nothing was loaded, as another rank could not read its part: {failed[0]}")
-        for one, values in zip(reading.reads, beside, strict=True):
-            one.target.copy_(values)
+        reading.move(beside)
         reading.commit()
 
     def _failed(self, problem: str | None, ranks: int) -> list[str]:

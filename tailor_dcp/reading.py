@@ -167,6 +167,11 @@ class Reading:
             raise self._damaged(one, f"it holds a tensor of shape {tuple(loaded.shape)} there")
         target.copy_(narrow_tensor_by_index(loaded, one.item.storage_offsets, one.item.lengths))
 
+    def move(self, values: Sequence[torch.Tensor]) -> None:
+        """Put what was read beside the tensors into them."""
+        for _ in self._each(lambda pair: pair[0].target.copy_(pair[1]), list(zip(self.reads, values, strict=True))):
+            pass
+
     def commit(self) -> None:
         """Tell the planner that its tensors are filled, and give it everything else."""
         for one in self.reads:

@@ -63,6 +63,7 @@ def open_source(path: Path, options: Options) -> Catalog:
         merged = replace(
             merged, state={**merged.state, **other.state}, groups=(*merged.groups, *other.groups),
             weights={**other.weights, **merged.weights}, train={**other.train, **merged.train},
+            dtypes={**other.dtypes, **merged.dtypes},
         )  # fmt: skip
     train = {**merged.train, **accelerate_folder.train_of(path, options)}
     files = accelerate_folder.files_of(path)
@@ -99,7 +100,14 @@ def _open(path: Path, options: Options, files: dict[str, Path]) -> Catalog:
         lambda key: _tensor(contents, checkpoint, leaders.get(key, key), known),
         _Values(checkpoint, options).__getitem__,
     )
-    return replace(catalog, files=files)
+    return replace(catalog, files=files, dtypes=_dtypes(contents))
+
+
+def _dtypes(contents: Contents) -> dict[tuple[str, str], torch.dtype]:
+    """Return the dtype that training has what is stored in a narrower one, as far as the record tells."""
+    record, entries = contents.base.record, contents.entries
+    told = {key: contents.base.source_shape(key).dtype for key in (record.narrowed if record else ()) if key in entries}
+    return {(entries[key].fqn, entries[key].unit.kind): dtype for key, dtype in told.items() if dtype is not None}
 
 
 class _Values:

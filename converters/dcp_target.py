@@ -63,8 +63,10 @@ def write(catalog: Catalog, place: Path, final: Path, options: Options) -> Seque
         ConversionError: the disk is full, or the like.
         DamagedSourceError: a source cannot be read.
     """
+    told = catalog.train.get("step")
+    step = told if isinstance(told, int) else None
     for folder, state in parts_of(state_dict(catalog), options.keys).items():
-        save(state, StreamingWriter(place / folder, final / folder, options.progress))
+        save(state, StreamingWriter(place / folder, final / folder, options.progress), step)
     if options.keys == "transformers":
         notes = target_of("hf").write(replace(catalog, state={}, groups=()), place, final, options)
         return (*notes, *_left_out(catalog, ()))
@@ -88,8 +90,13 @@ def _left_out(catalog: Catalog, kept: Sequence[str]) -> tuple[str, ...]:
     return (f"{', '.join(lost)} has no place in this layout and is not written.",) if lost else ()
 
 
-def save(state: dict[str, Any], writer: StreamingWriter) -> None:
+def save(state: dict[str, Any], writer: StreamingWriter, step: int | None = None) -> None:
     """Save a state dict of what is not there; all ranks call it.
+
+    Args:
+        state: what to save.
+        writer: where.
+        step: the training step, for folders whose name does not tell one.
 
     Raises:
         TailorError: whatever went wrong on any of them.
@@ -98,7 +105,7 @@ def save(state: dict[str, Any], writer: StreamingWriter) -> None:
     try:
         with lineage.aside(), warnings.catch_warnings():  # what is converted is not what this process trains
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs none
-            dcp.save(state, storage_writer=writer, planner=_ConversionPlanner(final), no_dist=ranks.world() == 1)
+            dcp.save(state, storage_writer=writer, planner=_ConversionPlanner(final, step), no_dist=ranks.world() == 1)
     except CheckpointException as error:  # what went wrong inside, without DCP's traceback around it
         cause = next(iter(error.failures.values()))[0]
         raise cause if isinstance(cause, TailorError) else ConversionError(f"{final}: {cause}") from error
@@ -107,15 +114,16 @@ def save(state: dict[str, Any], writer: StreamingWriter) -> None:
 class _ConversionPlanner(LayerwisePlanner):
     """Plans a full save of tensors that are not there, under the name that the folder will have."""
 
-    def __init__(self, final: Path) -> None:
+    def __init__(self, final: Path, step: int | None) -> None:
         super().__init__("full", base=None)
-        self._final = final
+        self._final, self._step = final, step
 
     def set_up_planner(
         self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False
     ) -> None:
         super().set_up_planner(state_dict, storage_meta, is_coordinator)
-        self._target = locate(self._final)
+        here = locate(self._final)
+        self._target = here if here.step is not None else replace(here, step=self._step)
 
     def create_local_plan(self) -> SavePlan:
         """Add the names that share one tensor, which DCP cannot see here."""

@@ -12,6 +12,7 @@ import torch
 from tailor_dcp.errors import ConversionError
 from tailor_dcp.layers import LayerMap
 from tailor_dcp.names import close, listed, matches
+from tailor_dcp.units import WEIGHT
 
 from .tensors import Readable, cast
 
@@ -38,6 +39,7 @@ class Catalog:
         frozen: which of the weights are frozen parameters, if the source tells.
         files: files that are carried along and given back (configuration, tokenizer, …), by their name.
         notes: sentences that the user should read.
+        dtypes: the dtype that training has what is stored in a narrower one, by FQN and kind.
     """
 
     source: Path
@@ -50,6 +52,7 @@ class Catalog:
     frozen: frozenset[str] = frozenset()
     files: Mapping[str, Path] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    dtypes: Mapping[tuple[str, str], torch.dtype] = field(default_factory=dict)
 
     @property
     def tensors(self) -> dict[str, Readable]:
@@ -123,6 +126,25 @@ def only_layers(catalog: Catalog, pattern: str) -> Catalog:
         groups=tuple({**group, "params": among(group["params"])} for group in catalog.groups),
         buffers=frozenset(among(catalog.buffers)),
         frozen=frozenset(among(catalog.frozen)),
+    )
+
+
+def in_training(catalog: Catalog) -> Catalog:
+    """Give what is stored narrower than training has it training's dtype; tied weights stay one."""
+    known: dict[tuple[int, torch.dtype | None], Readable] = {}
+
+    def wide(fqn: str, kind: str, tensor: Readable) -> Readable:
+        dtype = catalog.dtypes.get((fqn, kind))
+        return known.setdefault((id(tensor), dtype), cast(tensor, dtype))
+
+    return replace(
+        catalog,
+        weights={fqn: wide(fqn, WEIGHT, tensor) for fqn, tensor in catalog.weights.items()},
+        state={
+            fqn: {kind: wide(fqn, kind, tensor) for kind, tensor in kinds.items()}
+            for fqn, kinds in catalog.state.items()
+        },
+        dtypes={},
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tailor_dcp.catalog import Catalog
+from tailor_dcp.merging.index import progress_of
 from tailor_dcp.merging.param_groups import LISTS, renamed_list
 from tailor_dcp.merging.resolve import Resolved, Slot
 from tailor_dcp.tensors import Readable
@@ -49,7 +50,7 @@ def catalog_of(resolved: Resolved, sources: Mapping[str, Catalog], base: str) ->
         sources: the catalogs of the sources by name.
         base: the name of the recipe's base.
     """
-    tensors = _Tensors(sources)
+    tensors = _Tensors(sources, resolved)
     weights: dict[str, Readable] = {}
     state: dict[str, dict[str, Readable]] = {}
     for slot in resolved.slots.values():
@@ -65,7 +66,7 @@ def catalog_of(resolved: Resolved, sources: Mapping[str, Catalog], base: str) ->
         weights=weights,
         state=state,
         groups=tuple(_group(group, resolved) for group in groups),
-        train=_renamed(train.train, resolved) if train else {},
+        train=_renamed(train.train if resolved.optimizer else progress_of(train), resolved) if train else {},
         buffers=frozenset(slot.fqn for slot in slots if slot.held.fqn in sources[slot.source].buffers),
         frozen=frozenset(slot.fqn for slot in slots if slot.held.fqn in sources[slot.source].frozen),
         notes=tuple(dict.fromkeys(note for catalog in sources.values() for note in catalog.notes)),
@@ -94,23 +95,20 @@ def needed_of(resolved: Resolved, name: str, catalog: Catalog) -> Catalog:
 
 
 class _Tensors:
-    """Hands tensors out; the second time that a parameter is asked for, a copy of its own."""
+    """Hands tensors out; the second time that one is asked for, a copy of its own, unless the two are tied."""
 
-    def __init__(self, sources: Mapping[str, Catalog]) -> None:
+    def __init__(self, sources: Mapping[str, Catalog], resolved: Resolved) -> None:
         self._sources = sources
-        self._taken: dict[tuple[str, str], int] = {}
-        self._copies: dict[tuple[int, int], Readable] = {}
+        self._leaders = {key: tie[0] for tie in resolved.ties for key in tie}
+        self._copies: dict[int, dict[str, Readable]] = {}
 
     def take(self, slot: Slot) -> Readable:
         catalog, held = self._sources[slot.source], slot.held
         weight = held.kind == WEIGHT
         tensor = catalog.weights[held.fqn] if weight else catalog.state[held.fqn][held.kind]
-        number = self._taken.get((slot.source, held.key), 0)
-        self._taken[slot.source, held.key] = number + 1
-        if number == 0:
-            return tensor
-        # Tied parameters that are there twice are tied in both places.
-        return self._copies.setdefault((id(tensor), number), Repeated(tensor))
+        copies = self._copies.setdefault(id(tensor), {})
+        leader = self._leaders.get(slot.key, slot.key)
+        return copies.setdefault(leader, Repeated(tensor) if copies else tensor)
 
 
 def _group(group: Mapping[str, Any], resolved: Resolved) -> dict[str, Any]:

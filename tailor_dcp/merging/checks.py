@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from tailor_dcp.merging.index import Index
@@ -29,7 +28,9 @@ def optimizer(recipe: Recipe, indexes: Mapping[str, Index]) -> None:
     if recipe.optimizer == KEEP:
         for take in recipe.takes:
             _check_numbered(indexes[take.source], take.kinds is None or set(take.kinds) != {WEIGHT})
-        _check_numbered(indexes[recipe.base], bool(recipe.rename or recipe.drop))
+        trained = recipe.train or recipe.base
+        _check_numbered(indexes[recipe.base], bool(recipe.rename or recipe.drop) or trained != recipe.base)
+        _check_numbered(indexes[recipe.base if trained == DROP else trained], trained != recipe.base)
         return
     asked = next((kind for take in recipe.takes for kind in take.kinds or () if kind != WEIGHT), None)
     if asked:
@@ -38,7 +39,8 @@ def optimizer(recipe: Recipe, indexes: Mapping[str, Index]) -> None:
             f"the two out."
         )
     if recipe.optimizer != DROP:
-        _check_numbered(indexes[recipe.optimizer], True)
+        for name in (recipe.optimizer, recipe.train or recipe.base):
+            _check_numbered(indexes[recipe.optimizer if name == DROP else name], True)
         if not indexes[recipe.optimizer].has_states:
             raise RecipeError(
                 f"{recipe.optimizer} has no optimizer state that could be taken; say optimizer: keep or drop, or name "
@@ -46,11 +48,20 @@ def optimizer(recipe: Recipe, indexes: Mapping[str, Index]) -> None:
             )
 
 
+def named(recipe: Recipe, base: Index) -> None:
+    """Refuse to write a format that keeps an optimizer's state by names, where nothing tells them.
+
+    Raises:
+        RecipeError: the base's optimizer would be lost.
+    """
+    _check_numbered(base, recipe.optimizer != DROP)
+
+
 def _check_numbered(index: Index, asked: bool) -> None:
     if asked and index.numbered:
         raise RecipeError(
-            f"{index.name} keeps its optimizer's state under numbers, which tell no layer: convert it first "
-            f"(tailor-convert {index.name} NEW --to dcp), take weights alone (kinds: [weight]), or drop the optimizer "
+            f"{index.name} keeps its optimizer's state under numbers, which tell no layer: save it by names "
+            f"(TrainState, or torch's get_state_dict), take weights alone (kinds: [weight]), or drop the optimizer "
             f"(optimizer: drop)."
         )
 
@@ -65,6 +76,9 @@ def states(recipe: Recipe, indexes: Mapping[str, Index], slots: Iterable[Slot], 
     """
     if recipe.optimizer == DROP:
         return
+    layers = list(layers)
+    # Another number of layers, and a number means another parameter.
+    _check_numbered(indexes[recipe.base], {*layers} != {*indexes[recipe.base].layers})
     stateful: set[str] = set()
     source: dict[str, str] = {}
     for slot in slots:
@@ -99,28 +113,14 @@ def groups(indexes: Mapping[str, Index], trained: Index | None, slots: Iterable[
     for slot in slots:
         if slot.unit.kind == WEIGHT or not indexes[slot.source].groups:
             continue
-        if not trained.groups or not {slot.held.fqn, slot.fqn} & trained.fqns:
+        # What lists of names follow: the parameter that the layer was filled with, where they know such a one.
+        old = slot.held.fqn if slot.held.fqn in trained.fqns else slot.fqn
+        if not trained.groups or not trained.groups_know(old):
             raise RecipeError(
                 f"{trained.name}, from which the param groups come, does not know {slot.held.fqn} with its "
                 f"{slot.unit.kind} from {slot.source}; take them from there (train: {slot.source}), or drop the "
                 f"optimizer (optimizer: drop)."
             )
-
-
-def ties(base: Index, slots: Mapping[str, Slot]) -> None:
-    """Refuse parameters that share storage and come from two places; whichever was loaded last would win.
-
-    Raises:
-        RecipeError: naming both.
-    """
-    for tie in base.ties:
-        tied = [slots[key] for key in tie if key in slots]
-        for first, slot in pairwise(tied):
-            if slot.source != first.source:
-                raise RecipeError(
-                    f"{first.fqn} and {slot.fqn} share one storage, but come from {first.source} and {slot.source}; "
-                    f"name both layers, {first.unit.layer} and {slot.unit.layer}, with one source."
-                )
 
 
 def ages(recipe: Recipe, slots: Iterable[Slot], step: int | None) -> None:

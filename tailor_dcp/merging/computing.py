@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from tailor_dcp.catalog import Catalog
+from tailor_dcp.catalog import Catalog, in_training
 from tailor_dcp.formats import formats
 from tailor_dcp.layers import LayerMap
 from tailor_dcp.location import METADATA
@@ -43,6 +43,8 @@ def compute(
     if materialize and target != "dcp":
         raise RecipeError("--materialize is for DCP results, and this is a Hugging Face folder; add --to dcp.")
     check_outside(out, sources.values())
+    if target != "hf":  # training goes on in its own dtypes, whatever a checkpoint stores
+        catalogs = {model: in_training(catalog) for model, catalog in catalogs.items()}
     merge = checked(plan, catalogs)
     chosen = picks(merge)
     if chosen is not None and target == "dcp" and all((s.path / METADATA).is_file() for s in sources.values()):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
+from typing import Any
 
 from tailor_dcp.catalog import MODEL, STATE, Catalog
 from tailor_dcp.contents import Contents
 from tailor_dcp.layers import LayerMap
+from tailor_dcp.merging.param_groups import is_list
 from tailor_dcp.metadata.compose import Shape, shape_of
 from tailor_dcp.units import WEIGHT
 
 _GROUPS = re.compile(r"(?:.*\.)?param_groups\..*")
+_FLAT = re.compile(r"(?:.*\.)?param_groups\.(?!\d+\.)(?P<fqn>.+)\.[^.]+")
 _NUMBERED = re.compile(r"(?:.*\.)?state\.\d+\.[^.]+")
 
 
@@ -50,6 +53,7 @@ class Index:
         groups: whether it has param groups.
         numbered: whether it has optimizer state that is kept under numbers, so that nothing tells whose it is.
         listed: parameters that param groups name, as far as that is known without reading.
+        lists: reads the parameters that param groups name.
     """
 
     name: str
@@ -59,6 +63,7 @@ class Index:
     groups: bool = False
     numbered: bool = False
     listed: frozenset[str] = frozenset()
+    lists: Callable[[], frozenset[str]] = field(default=frozenset, repr=False, compare=False)
     _by_name: dict[tuple[str, str], list[str]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
@@ -84,6 +89,19 @@ class Index:
         """The names of all parameters and buffers."""
         return self.listed.union(held.fqn for held in self.tensors.values())
 
+    def groups_know(self, fqn: str) -> bool:
+        """Tell whether the param groups name a parameter. One that has state is in them; else their lists are read."""
+        if self.listed:
+            return fqn in self.listed
+        if fqn in self._trained:
+            return True
+        names = self.lists()
+        return fqn in (names or (self._trained or self.fqns))
+
+    @cached_property
+    def _trained(self) -> frozenset[str]:
+        return frozenset(held.fqn for held in self.tensors.values() if held.kind != WEIGHT)
+
     @property
     def has_states(self) -> bool:
         """Whether there is any optimizer state."""
@@ -101,8 +119,14 @@ class Index:
         return self.tensors[keys[0]] if len(keys) == 1 else None
 
 
-def index_of_contents(name: str, contents: Contents) -> Index:
-    """Return the index of a DCP checkpoint."""
+def index_of_contents(name: str, contents: Contents, read: Callable[[str], Any] | None = None) -> Index:
+    """Return the index of a DCP checkpoint.
+
+    Args:
+        name: the source as the recipe calls it.
+        contents: the checkpoint.
+        read: reads an entry that is no tensor; asked for param groups' lists alone, should they be needed.
+    """
     stored = contents.base.metadata.state_dict_metadata
     steps = {key: held.origin.step for held in contents.units.values() for key in held.keys}
     own = contents.base.origin.step
@@ -120,14 +144,33 @@ def index_of_contents(name: str, contents: Contents) -> Index:
     }
     record = contents.base.record
     others = stored.keys() - tensors.keys()
+
+    @cache
+    def lists() -> frozenset[str]:
+        held = [read(key) for key in sorted(others) if is_list(key)] if read else []
+        return frozenset(one for names in held if isinstance(names, list) for one in names if isinstance(one, str))
+
     return Index(
         name,
         tensors,
         own,
-        record.ties if record else (),
+        record.ties if record else _in_one_place(contents),
         groups=any(map(_GROUPS.fullmatch, others)),
         numbered=any(map(_NUMBERED.fullmatch, others)),
+        listed=frozenset(found["fqn"] for found in map(_FLAT.fullmatch, others) if found),
+        lists=lists,
     )
+
+
+def _in_one_place(contents: Contents) -> tuple[tuple[str, ...], ...]:
+    """Return the weights that are stored at one place, for checkpoints that remember no ties."""
+    found: dict[tuple[object, ...], list[str]] = {}
+    for key, entry in contents.entries.items():
+        places = sorted((info.relative_path, info.offset) for _, info in contents.base.blobs.get(key, ()))
+        if entry.unit.kind == WEIGHT and places:
+            shape = shape_of(contents.base.metadata.state_dict_metadata[key])
+            found.setdefault((shape, *places), []).append(key)
+    return tuple(tuple(keys) for keys in found.values() if len(keys) > 1)
 
 
 def index_of_catalog(name: str, catalog: Catalog) -> Index:
@@ -146,11 +189,39 @@ def index_of_catalog(name: str, catalog: Catalog) -> Index:
         for kind, t in kinds.items():
             key = f"{STATE}{fqn}.{kind}"
             tensors[key] = held(key, fqn, kind, Shape(t.size, t.dtype))
-    return Index(name, tensors, step, tuple(_tied(catalog)), groups=bool(catalog.groups), listed=_listed(catalog))
+    return Index(
+        name,
+        tensors,
+        step,
+        tuple(_tied(catalog)),
+        groups=bool(catalog.groups),
+        numbered=bool(numbered_of(catalog)),
+        listed=_listed(catalog),
+    )
+
+
+def numbered_of(catalog: Catalog) -> frozenset[str]:
+    """Return what of a catalog's ``train`` is an optimizer whose state is kept under numbers."""
+    return frozenset(key for key, value in catalog.train.items() if _is_numbered(value))
+
+
+def progress_of(catalog: Catalog) -> dict[str, Any]:
+    """Return what is left of a training without its optimizer."""
+    gone = numbered_of(catalog)
+    return {name: value for name, value in catalog.train.items() if name not in gone}
+
+
+def _is_numbered(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    state = value.get("state")
+    if isinstance(state, Mapping) and state and all(str(key).isdigit() for key in state):
+        return True
+    return any(map(_is_numbered, value.values()))
 
 
 def _listed(catalog: Catalog) -> frozenset[str]:
-    return frozenset(name for group in catalog.groups for name in group["params"])
+    return frozenset(name for group in catalog.groups for name in group["params"] if isinstance(name, str))
 
 
 def _tied(catalog: Catalog) -> Iterable[tuple[str, ...]]:

@@ -15,18 +15,22 @@ from tailor_dcp.contents import Contents
 from tailor_dcp.formats import formats
 from tailor_dcp.location import is_within
 from tailor_dcp.materialize import materialize_base
+from tailor_dcp.merging import checks, tying
 from tailor_dcp.merging.assemble import assemble, check_files, give_name, growing, in_memory
 from tailor_dcp.merging.catalogs import catalog_of, needed_of
 from tailor_dcp.merging.index import index_of_catalog
 from tailor_dcp.merging.model_files import files_of_merge
 from tailor_dcp.merging.placing import numbers_of
 from tailor_dcp.merging.remap import remap
-from tailor_dcp.merging.resolve import Resolved, of_weights, recipe_train, resolve, sources_of
+from tailor_dcp.merging.resolve import Resolved, Slot, of_weights, recipe_train, resolve, sources_of
 from tailor_dcp.merging.sources import Opener, Source
+from tailor_dcp.merging.value_adapters import check_alike
 from tailor_dcp.merging.whole_groups import whole_groups
 from tailor_dcp.open_checkpoint import Checkpoint
 from tailor_dcp.recipes.errors import RecipeError
 from tailor_dcp.recipes.native import Recipe
+from tailor_dcp.tensors import Readable
+from tailor_dcp.units import WEIGHT
 
 Progress = Callable[[int, int], None]
 
@@ -62,7 +66,8 @@ class Job:
         resolved: where everything comes from.
         out: the result's name.
         progress: is told how many of how many bytes are done.
-        files: what ``files_of_merge`` is told besides: another model's tokenizer, a chat template.
+        files: what ``files_of_merge`` is told besides: another model's tokenizer, a chat template, that what the
+            base ties is tied no longer.
     """
 
     recipe: Recipe
@@ -85,7 +90,7 @@ class Job:
             scratch: a folder for new files.
         """
         base = self.base
-        files = base.catalog.files if base.catalog else files_of(base.path)
+        files = _carried(base)
         layers = numbers_of(self.resolved.layers, base.index.layers)
         if not files or (to != "hf" and not layers and not self.files):
             return files
@@ -121,7 +126,14 @@ def pick(
     check_outside(out, sources.values())
     sources = _with_whole_groups(recipe, sources)
     resolved = resolve(recipe, {name: source.index for name, source in sources.items()})
-    job = Job(recipe, sources, resolved, out, progress, files or {})
+    if to != "dcp":
+        checks.named(recipe, sources[recipe.base].index)
+    check_alike(recipe.name, {name: _carried(source) for name, source in sources.items()})
+    resolved = _with_equal_tied(resolved, sources)
+    if resolved.loose and to != "hf":
+        raise tying.two_tensors(sources[recipe.base].index, *resolved.loose[0])
+    told = {**(files or {}), **({"untied": True} if resolved.loose else {})}
+    job = Job(recipe, sources, resolved, out, progress, told)
     shared: frozenset[Path] = frozenset()
     notes: tuple[str, ...] = ()
     if to == "dcp":
@@ -141,6 +153,24 @@ def _with_whole_groups(recipe: Recipe, sources: dict[str, Source]) -> dict[str, 
     groups = whole_groups(train.catalog, base.catalog or formats().open(base.path))
     catalog = replace(train.catalog, groups=groups)
     return {**sources, train.name: replace(train, catalog=catalog, index=index_of_catalog(train.name, catalog))}
+
+
+def _with_equal_tied(resolved: Resolved, sources: Mapping[str, Source]) -> Resolved:
+    """Tie what the base ties and what is the same in a source that knows of no ties: stock saves tell of none."""
+    equal = [pair for pair in resolved.loose if tying.same(*(_readable(slot, sources) for slot in pair))]
+    rest = tuple(pair for pair in resolved.loose if pair not in equal)
+    return replace(resolved, ties=tying.joined(resolved.ties, equal), loose=rest) if equal else resolved
+
+
+def _readable(slot: Slot, sources: Mapping[str, Source]) -> Readable:
+    source, held = sources[slot.source], slot.held
+    catalog = source.catalog or formats().open(source.path)
+    return catalog.weights[held.fqn] if held.kind == WEIGHT else catalog.state[held.fqn][held.kind]
+
+
+def _carried(source: Source) -> Mapping[str, Path]:
+    """Return the files that a source carries along."""
+    return source.catalog.files if source.catalog else files_of(source.path)
 
 
 def check_outside(out: Path, sources: Iterable[Source]) -> None:

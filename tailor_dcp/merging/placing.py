@@ -35,7 +35,7 @@ def placed(recipe: Recipe, base: Index, indexes: Mapping[str, Index]) -> Placing
     fills |= _added(recipe, indexes)
     fills |= _renames(recipe, list(fills), base, indexes)
     for pattern in recipe.drop:
-        gone = [layer for layer in fills if matches(layer, pattern)]
+        gone = [layer for layer in fills if named_by(layer, pattern)]
         if not gone:
             raise RecipeError(f"{recipe.name} drops {pattern}, which is no layer; {_near(pattern, fills)}")
         for layer in gone:
@@ -54,7 +54,21 @@ def _added(recipe: Recipe, indexes: Mapping[str, Index]) -> dict[str, str]:
     A ``*`` means layers that the result has anyway: ``model.layers.*`` of a deeper source makes no model deeper.
     """
     named = ((glob, take.source) for take in recipe.takes for glob in alternatives(take.layers) if "*" not in glob)
-    return {layer: layer for glob, source in named for layer in indexes[source].layers if matches(layer, glob)}
+    return {layer: layer for glob, source in named for layer in indexes[source].layers if named_by(layer, glob)}
+
+
+def named_by(layer: str, pattern: str) -> str | None:
+    """Return what a glob calls by its name: a layer, or the numbered block that it is a part of.
+
+    Parts of blocks are layers where users want experts, or whatever their patterns say, to be layers of their own.
+
+    Returns:
+        The outermost such name; None if the glob does not mean the layer.
+    """
+    parts = layer.split(".")
+    block = next((number for number, part in enumerate(parts) if part.isdecimal()), len(parts) - 1)
+    names = (".".join(parts[: end + 1]) for end in range(block, len(parts)))
+    return next((name for name in names if matches(name, pattern)), None)
 
 
 def _renames(recipe: Recipe, there: list[str], base: Index, indexes: Mapping[str, Index]) -> dict[str, str]:
@@ -100,7 +114,7 @@ def _check_name(recipe: Recipe, layer: str, new: str, indexes: Mapping[str, Inde
 def _check_takes(recipe: Recipe, fills: Mapping[str, str]) -> None:
     for take in recipe.takes:
         for pattern in alternatives(take.layers):
-            if not any(matches(layer, pattern) for layer in fills):
+            if not any(named_by(layer, pattern) for layer in fills):
                 raise RecipeError(
                     f"{recipe.name} takes {pattern} from {take.source}, but the result has no such layer; "
                     f"{_near(pattern, fills)}"

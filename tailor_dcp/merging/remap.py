@@ -6,7 +6,6 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from tailor_dcp.merging.resolve import Resolved, Slot
 from tailor_dcp.metadata.compose import StorageData
 from tailor_dcp.metadata.record import Origin, Record, UnitRecord
 from tailor_dcp.raw_stretch import RAW, is_raw
-from tailor_dcp.units import Unit
+from tailor_dcp.units import WEIGHT, Unit
 
 _OPTIMIZER = re.compile(r"(?:.*\.)?(?:optim\w*|param_groups)(?:\..*)?")
 
@@ -135,17 +134,14 @@ class _Mapper:
         self._sources = sources
         self._number = {name: number for number, name in enumerate(sources)}
         self._origins = {name: _origins(contents) for name, contents in sources.items()}
-        self._called: dict[tuple[str, str], list[str]] = {}
         self._names: dict[str, dict[str, str]] = {name: {} for name in sources}
         self._found: dict[str, File] = {}
         self._ends: dict[str, int] = {}
 
     def add_slot(self, slot: Slot) -> None:
         """Take a parameter, buffer or optimizer state over."""
-        like = self._path(slot.like_source, slot.like.key)
-        path = renamed_path(like, slot.like, slot.fqn, slot.unit.layer) or (slot.key,)
+        path = renamed_path(self._like(slot), slot.like, slot.fqn, slot.unit.layer) or (slot.key,)
         self._add(slot.source, slot.held.key, slot.key, path)
-        self._called.setdefault((slot.source, slot.held.key), []).append(slot.key)
 
     def add_units(self, resolved: Resolved) -> None:
         """Note each unit's origin, and which parameters share one storage."""
@@ -155,11 +151,7 @@ class _Mapper:
         for unit, found in held.items():
             oldest = min((origin for origin, _ in found), key=lambda origin: (origin.step or 0, origin.nth))
             self.made.units[unit] = UnitRecord(oldest, tuple(key for _, key in found))
-        for name, contents in self._sources.items():
-            for tie in contents.base.record.ties if contents.base.record else ():
-                # Parameters that are there more than once share the storage of their own copies.
-                called = [self._called[name, old] for old in tie if (name, old) in self._called]
-                self.made.ties += [keys for keys in zip_longest(*called) if len(keys) > 1 and None not in keys]
+        self.made.ties += resolved.ties
 
     def add_train(self, resolved: Resolved, read: Read) -> None:
         """Take over what belongs to no layer."""
@@ -216,6 +208,13 @@ class _Mapper:
 
     def _origin(self, source: str, key: str) -> Origin:
         return self._origins[source].get(key, self._sources[source].base.origin)
+
+    def _like(self, slot: Slot) -> KeyPath:
+        """Return where what a key was made after sits; the result may need nothing else of it, and it be no DCP."""
+        key, held = slot.like.key, slot.like
+        if key in self._sources[slot.like_source].base.metadata.state_dict_metadata:
+            return self._path(slot.like_source, key)
+        return ("model", held.fqn) if held.kind == WEIGHT else ("optim", "state", held.fqn, held.kind)
 
     def _path(self, source: str, key: str) -> KeyPath:
         paths: Mapping[str, KeyPath] = self._sources[source].base.metadata.planner_data or {}

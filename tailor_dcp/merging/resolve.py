@@ -9,13 +9,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from tailor_dcp.layers import LayerMap
-from tailor_dcp.merging import checks
+from tailor_dcp.merging import checks, tying
 from tailor_dcp.merging.index import Held, Index
 from tailor_dcp.merging.naming import renamed_text
-from tailor_dcp.merging.placing import Placing, placed
-from tailor_dcp.names import close, listed, matches
+from tailor_dcp.merging.placing import Placing, named_by, placed
+from tailor_dcp.names import close, listed
 from tailor_dcp.recipes.errors import RecipeError
 from tailor_dcp.recipes.native import AVERAGE, DROP, KEEP, Recipe, Take
+from tailor_dcp.ties import Tie
 from tailor_dcp.units import STEP, WEIGHT, Unit
 
 
@@ -56,6 +57,9 @@ class Resolved:
         step: the result's training step.
         layers: for each layer of the result, the one that fills it as its source calls it.
         notes: what the user should know.
+        ties: keys of the result that share one storage.
+        loose: what shares one storage in the base, and does not in the source that it comes from, as far as that
+            tells.
     """
 
     slots: Mapping[str, Slot]
@@ -66,6 +70,8 @@ class Resolved:
     step: int | None = None
     layers: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    ties: tuple[Tie, ...] = ()
+    loose: tuple[tuple[Slot, Slot], ...] = ()
 
     @property
     def renames(self) -> bool:
@@ -106,7 +112,7 @@ class _Resolver:
         self.recipe, self.indexes = recipe, indexes
         self.base = indexes[recipe.base]
         self.place: Placing = placed(recipe, self.base, indexes)
-        self._of_layer: dict[str, list[Take]] = {}
+        self._of_layer: dict[str, list[tuple[str, Take]]] = {}
 
     def resolved(self) -> Resolved:
         self._check_kinds()
@@ -125,7 +131,8 @@ class _Resolver:
         found = list(slots.values())
         checks.states(self.recipe, self.indexes, found, self.place.fills)
         checks.groups(self.indexes, trained if kept else None, found)
-        checks.ties(self.base, slots)
+        ties = tying.shared(self.base, self.indexes.values(), found)
+        loose = tuple(tying.loose(self.base, ties, slots))
         checks.ages(self.recipe, found, step)
         renamed, dropped = _followed(found, trained, self.base)
         # An optimizer without state, as SGD's, has its param groups all the same.
@@ -139,6 +146,8 @@ class _Resolver:
             step,
             self.place.fills,
             tuple(_notes(found, self.base)),
+            ties,
+            loose,
         )
 
     # One layer of the result -------------------------------------------------------------
@@ -155,22 +164,26 @@ class _Resolver:
         if self.recipe.optimizer != KEEP:
             named = [self.recipe.optimizer]
         else:
-            named = [*(take.source for take in self._takes(layer)), self.recipe.base]
+            named = [*(take.source for _, take in self._takes(layer)), self.recipe.base]
         kinds = dict.fromkeys(kind for name in named for kind in self.indexes[name].by_layer.get(origin, {}))
         wanted = self.base.by_layer.get(self._model_layer(layer, origin) or "", {})
         return [kind for kind in kinds | dict.fromkeys(wanted) if kind != WEIGHT]
 
-    def _takes(self, layer: str) -> list[Take]:
+    def _takes(self, layer: str) -> list[tuple[str, Take]]:
+        """Return the takes that mean a layer, each with the name that it means: the layer's, or a whole block's."""
         if layer not in self._of_layer:
-            self._of_layer[layer] = [take for take in self.recipe.takes if matches(layer, take.layers)]
+            named = ((named_by(layer, take.layers), take) for take in self.recipe.takes)
+            self._of_layer[layer] = [(name, take) for name, take in named if name is not None]
         return self._of_layer[layer]
 
     def _source_of(self, layer: str, kind: str) -> str:
         """Return the source of a unit of the result."""
         if kind != WEIGHT and self.recipe.optimizer not in (KEEP, DROP):
             return self.recipe.optimizer
-        takes = [take for take in self._takes(layer) if _gives(take, kind)]
-        exact = [take for take in takes if take.layers == layer] or takes
+        given = [(name, take) for name, take in self._takes(layer) if _gives(take, kind)]
+        nearest = max((name for name, _ in given), key=len, default=layer)
+        takes = [take for name, take in given if name == nearest]
+        exact = [take for take in takes if take.layers == nearest] or takes
         told = [take for take in exact if kind == STEP and STEP in (take.kinds or ())] or exact
         named = list(dict.fromkeys(take.source for take in told))
         if len(named) > 1:
@@ -275,7 +288,7 @@ class _Resolver:
             there = {
                 kind
                 for layer, origin in self.place.fills.items()
-                if matches(layer, take.layers)
+                if named_by(layer, take.layers) is not None
                 for kind in index.by_layer.get(origin, {})
             }
             for kind in take.kinds or ():

@@ -16,6 +16,7 @@ from tailor_dcp.location import METADATA, is_url, locate
 from tailor_dcp.merging.index import Index, index_of_catalog, index_of_contents
 from tailor_dcp.metadata.compose import unstored
 from tailor_dcp.names import listed
+from tailor_dcp.open_checkpoint import Checkpoint
 from tailor_dcp.recipes.errors import RecipeError
 from tailor_dcp.runs import latest
 
@@ -116,7 +117,9 @@ def open_source(name: str, allow: tuple[str, ...] = (), as_catalog: bool = False
         missing = unstored(contents.base.metadata)
         if missing:
             raise RecipeError(f"{name} does not tell where {missing[0]} is stored; use another checkpoint.")
-        return Source(name, path, index_of_contents(name, contents), contents=contents)
+        return Source(
+            name, path, index_of_contents(name, contents, Checkpoint(contents).__getitem__), contents=contents
+        )
     if formats().recognised(path) is None:
         raise NoCheckpointError(_no_checkpoint(name, path))
     catalog = formats().open(path, allow=allow)

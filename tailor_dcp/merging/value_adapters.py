@@ -28,7 +28,27 @@ _SAME = (
 
 def is_adapter(catalog: Catalog) -> bool:
     """Tell whether a catalog is an adapter's: there is an adapter's configuration and no model's."""
-    return ADAPTER_CONFIG in catalog.files and CONFIG not in catalog.files
+    return _are_adapters(catalog.files)
+
+
+def check_alike(name: str, files: Mapping[str, Mapping[str, Path]]) -> None:
+    """See that all adapters among models are of one kind.
+
+    Args:
+        name: the recipe's name.
+        files: what each model carries along: its files by their name.
+
+    Raises:
+        RecipeError: two differ in rank, target modules, the model under them or another setting that decides what
+            their tensors mean.
+    """
+    configs = [(model, _read(held[ADAPTER_CONFIG])) for model, held in files.items() if _are_adapters(held)]
+    for other in configs[1:]:
+        _compare(name, configs[0], other)
+
+
+def _are_adapters(files: Mapping[str, Path]) -> bool:
+    return ADAPTER_CONFIG in files and CONFIG not in files
 
 
 def check_adapters(plan: Plan, sources: Mapping[str, Catalog]) -> None:
@@ -45,9 +65,7 @@ def check_adapters(plan: Plan, sources: Mapping[str, Catalog]) -> None:
             f"{plan.name}: {adapters[0]} is an adapter and {whole[0]} a whole model; save the adapter with peft's "
             f"merge_and_unload first, and merge models."
         )
-    configs = {model: _read(sources[model].files[ADAPTER_CONFIG]) for model in adapters}
-    for model in adapters[1:]:
-        _compare(plan.name, (adapters[0], configs[adapters[0]]), (model, configs[model]))
+    check_alike(plan.name, {model: sources[model].files for model in adapters})
 
 
 def _compare(plan: str, one: tuple[str, Mapping[str, Any]], other: tuple[str, Mapping[str, Any]]) -> None:
@@ -56,7 +74,7 @@ def _compare(plan: str, one: tuple[str, Mapping[str, Any]], other: tuple[str, Ma
         if values[0] != values[1]:
             raise RecipeError(
                 f"{plan}: {one[0]} and {other[0]} differ in {_WORDS.get(key, key)} ({values[0]} and {values[1]}); only "
-                f"adapters that agree in it can be merged: merge each into its model first, and then the models."
+                f"adapters that agree in it can be put together: merge each into its model first, and then the models."
             )
 
 

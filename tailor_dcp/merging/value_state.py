@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from tailor_dcp.catalog import STEP, Catalog
 from tailor_dcp.merging.catalogs import Repeated
+from tailor_dcp.merging.index import numbered_of, progress_of
 from tailor_dcp.merging.value_tensors import Largest, Mean
 from tailor_dcp.names import listed
 from tailor_dcp.recipes.errors import RecipeError
@@ -35,21 +36,33 @@ def with_state(catalog: Catalog, merge: Merge, sources: Mapping[str, Catalog], o
         RecipeError: nothing is asked for though there is state, or what is asked for is not there or makes no sense.
     """
     stateful = [model for model in merge.plan.models if sources[model].state]
+    if optimizer != DROP:
+        _check_named(merge, sources)
     if optimizer is None:
         optimizer = _default(merge, stateful)
     if optimizer == DROP:
-        return catalog
+        return replace(catalog, train=progress_of(sources[merge.plan.leader]))
     if optimizer == AVERAGE:
-        return _given(catalog, merge, sources, merge.plan.leader, _averaged(merge, sources))
+        return _given(catalog, merge, sources, stateful, _averaged(merge, sources))
     if optimizer == KEEP:
         _check_kept(merge, stateful)
-        return _given(catalog, merge, sources, merge.plan.leader, {n: m.inputs[0] for n, m in merge.tensors.items()})
+        return _given(catalog, merge, sources, stateful, {n: m.inputs[0] for n, m in merge.tensors.items()})
     if optimizer not in stateful:
         raise RecipeError(
             f"{merge.plan.name}: optimizer: {optimizer} names no model of the plan that has optimizer state; those "
             f"that have: {listed(stateful)}."
         )
-    return _given(catalog, merge, sources, optimizer, _all_of(merge, optimizer))
+    return _given(catalog, merge, sources, [optimizer], _all_of(merge, optimizer))
+
+
+def _check_named(merge: Merge, sources: Mapping[str, Catalog]) -> None:
+    """Refuse to lose state without a word that nothing tells whose it is."""
+    for model in merge.plan.models:
+        if numbered_of(sources[model]):
+            raise RecipeError(
+                f"{merge.plan.name}: {model} keeps its optimizer's state under numbers, which tell no parameter; save "
+                f"it by names (TrainState, or torch's get_state_dict), or say optimizer: drop."
+            )
 
 
 def _default(merge: Merge, stateful: list[str]) -> str:
@@ -128,17 +141,28 @@ def _mean(merge: Merge, made: Made, sources: Mapping[str, Catalog]) -> Kinds:
 
 
 def _given(
-    catalog: Catalog, merge: Merge, sources: Mapping[str, Catalog], leader: str, state: Mapping[str, Kinds | Taken]
+    catalog: Catalog,
+    merge: Merge,
+    sources: Mapping[str, Catalog],
+    stateful: Sequence[str],
+    state: Mapping[str, Kinds | Taken],
 ) -> Catalog:
-    """Return the result with its state; param groups and progress come from one model."""
-    if not sources[leader].state:
-        raise RecipeError(f"{merge.plan.name}: {leader} has no optimizer state; say optimizer: drop.")
+    """Return the result with its state; param groups and progress come from the leader.
+
+    A leader that was never trained, such as a base model in a Hugging Face folder, has none: then they come from the
+    first model that the moments are of.
+    """
+    if not stateful:
+        raise RecipeError(f"{merge.plan.name}: no model has optimizer state; say optimizer: drop.")
+    models = (merge.plan.leader, *stateful)
+    leader = next((model for model in models if sources[model].groups), stateful[0])
+    train = next((sources[model].train for model in models if sources[model].train), {})
     taken = {name: given for name, given in state.items() if isinstance(given, Taken)}
     states: dict[str, Kinds] = {name: given for name, given in state.items() if not isinstance(given, Taken)}
     states |= _moved(taken, sources)
-    origins = {name: taken.get(name) or _of(merge.tensors[name], leader) for name in merge.tensors}
-    groups = _groups(merge, sources, leader, origins)
-    return replace(catalog, state=states, groups=groups, train=dict(sources[leader].train))
+    origins = {name: taken.get(name) or made.inputs[0] for name, made in merge.tensors.items()}
+    groups = _groups(merge, sources, leader, origins, states.keys())
+    return replace(catalog, state=states, groups=groups, train=dict(train))
 
 
 def _moved(taken: Mapping[str, Taken], sources: Mapping[str, Catalog]) -> dict[str, Kinds]:
@@ -155,14 +179,17 @@ def _moved(taken: Mapping[str, Taken], sources: Mapping[str, Catalog]) -> dict[s
     return found
 
 
-def _of(made: Made, model: str) -> Taken:
-    return next((taken for taken in made.inputs if taken.model == model), made.inputs[0])
-
-
 def _groups(
-    merge: Merge, sources: Mapping[str, Catalog], leader: str, origins: Mapping[str, Taken]
+    merge: Merge,
+    sources: Mapping[str, Catalog],
+    leader: str,
+    origins: Mapping[str, Taken],
+    stateful: Collection[str],
 ) -> tuple[dict[str, Any], ...]:
-    """Return the leader's param groups, with the result's names: each in the group that it had in its own model."""
+    """Return the leader's param groups, with the result's names: each in the group that it has in the leader.
+
+    What the leader's model does not have is in the group that it had in its own.
+    """
     groups = sources[leader].groups
     members: list[list[str]] = [[] for _ in groups]
     index = {
@@ -170,13 +197,19 @@ def _groups(
         for model, held in sources.items()
     }
     for name, taken in origins.items():
-        number = index[taken.model].get(taken.name)
-        if number is None:
-            continue
-        if number >= len(groups):
+        own = next((one.name for one in merge.tensors[name].inputs if one.model == leader), taken.name)
+        known = own in sources[leader].weights
+        number = index[leader].get(own) if known else index[taken.model].get(taken.name)
+        if number is not None and number < len(groups):
+            members[number].append(name)
+        elif number is not None:
             raise RecipeError(
                 f"{merge.plan.name}: {taken.model} has more param groups than {leader}, so {name} has no group in the "
                 f"result; say optimizer: drop."
             )
-        members[number].append(name)
+        elif name in stateful and index[leader]:
+            raise RecipeError(
+                f"{merge.plan.name}: {leader}, from which the param groups come, does not train {own}, and {name} has "
+                f"optimizer state from {taken.model}; make {taken.model} the first model, or say optimizer: drop."
+            )
     return tuple({**group, "params": held} for group, held in zip(groups, members, strict=True))

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 
@@ -117,8 +118,8 @@ class Mean(Readable):
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
-        """Its dtype."""
-        return self.tensors[0].dtype
+        """Its dtype: the one that holds those of all of them."""
+        return reduce(torch.promote_types, (tensor.dtype for tensor in self.tensors))
 
     def read_into(self, out: torch.Tensor, start: int) -> None:
         """Read all of them, and add up in fp32 or wider."""

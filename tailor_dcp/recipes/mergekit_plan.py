@@ -128,7 +128,8 @@ def resolve(plan: Plan, catalogs: Mapping[str, Catalog]) -> Merge:
     layers = {bodies[plan.leader].only: _numbers(plan)} if plan.slices[0].sources[0].layers is not None else {}
     order = list(dict.fromkeys([*catalogs[plan.leader].weights, *tensors]))
     tensors = {name: tensors[name] for name in order if name in tensors}
-    return Merge(plan, method, tensors, _ties(tensors, catalogs), layers, tuple(dict.fromkeys(notes)))
+    ties = _ties(tensors, catalogs, catalogs[plan.leader])
+    return Merge(plan, method, tensors, ties, layers, tuple(dict.fromkeys(notes)))
 
 
 def picks(merge: Merge) -> dict[str, tuple[str, str]] | None:
@@ -252,8 +253,11 @@ def _dtypes(plan: Plan, dtypes: list[torch.dtype]) -> tuple[torch.dtype, torch.d
     return computed, plan.out_dtype or computed
 
 
-def _ties(tensors: dict[str, Made], catalogs: Mapping[str, Catalog]) -> dict[str, str]:
-    """Take tied tensors out of those that are made, where they are tied in every model that they come from."""
+def _ties(tensors: dict[str, Made], catalogs: Mapping[str, Catalog], leader: Catalog) -> dict[str, str]:
+    """Take tied tensors out of those that are made, where they are tied in every model that they come from.
+
+    And in the leader, if it has them: its configuration, which the result has, says whether there are two.
+    """
     ties = {model: catalog.ties for model, catalog in catalogs.items()}
     found: dict[str, str] = {}
     for name, made in tensors.items():
@@ -262,7 +266,8 @@ def _ties(tensors: dict[str, Made], catalogs: Mapping[str, Catalog]) -> dict[str
             continue
         models = [taken.model for taken in (*made.inputs, *tensors[main].inputs)]
         plain = all(taken.name == of.name for of in (made, tensors[main]) for taken in of.inputs)
-        if plain and all(ties[model].get(name) == main for model in models):
+        apart = {name, main} <= leader.weights.keys() and leader.weights[name] is not leader.weights[main]
+        if plain and not apart and all(ties[model].get(name) == main for model in models):
             found[name] = main
     for name in found:
         del tensors[name]

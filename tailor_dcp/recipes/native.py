@@ -16,7 +16,8 @@ class Take:
 
     Attributes:
         layers: a glob of layers' names in the result; ``{8,9}`` gives alternatives. A layer's own name goes before
-            a glob. What has no ``*`` also adds layers that only the source has.
+            a glob. The name of a block also means those of its parts that are layers, as experts can be; a part's own
+            goes before it. What has no ``*`` also adds layers that only the source has.
         source: a checkpoint, ``run@300``, a ZeRO folder or a Hugging Face folder.
         kinds: which of their kinds (``weight``, ``exp_avg``, …); None for all. ``step`` goes with the moments.
     """

@@ -27,6 +27,7 @@ from tailor_dcp.prune import prune
 from tailor_dcp.recipes.errors import RecipeError
 from tailor_dcp.writer import LayerwiseWriter
 from tests.support.forks import killed_at
+from tests.support.hf_models import made
 from tests.support.merges import Net, differing, loaded, save, tree
 from tests.support.runs import record, unheard
 from tests.support.training import Training
@@ -406,3 +407,18 @@ def test_what_cannot_be_written_is_refused(llamas: Path, tmp_path: Path) -> None
     with pytest.raises(RecipeError, match="object store"):
         merge({"base": str(llamas / "hf")}, "s3://bucket/out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("to", ["hf", "dcp"])
+def test_adapters_of_another_strength_are_not_put_together(tmp_path: Path, to: str) -> None:
+    """A layer's factors mean what its adapter's configuration says, and the result has the base's."""
+    peft = pytest.importorskip("peft")
+    for name, alpha in (("a", 8), ("b", 8), ("c", 16)):
+        config = peft.LoraConfig(r=4, target_modules=["q_proj"], lora_alpha=alpha)
+        peft.get_peft_model(made("llama"), config).save_pretrained(tmp_path / name)
+    layer = f"base_model.model.{L1}"
+    merge({"base": str(tmp_path / "a"), "layers": {layer: str(tmp_path / "b")}}, tmp_path / "fine", to=to)
+    with pytest.raises(RecipeError, match=r"a and .*c differ in lora_alpha \(8 and 16\)"):
+        merge({"base": str(tmp_path / "a"), "layers": {layer: str(tmp_path / "c")}}, tmp_path / "out", to=to)
+    assert not (tmp_path / "out").exists()

@@ -75,6 +75,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
         save(folder / "tied", Net(3, tied=True), 100, "full")
         save(folder / "tied", Net(3, tied=True), 200, "full")
         put(folder / "bare", weights())
+        put(folder / "deep-bare", weights(layers=4))
         put(folder / "narrow", weights(model__layers__1__mlp__weight=torch.ones(4, 2)), moments(("exp_avg",)))
         put(folder / "sgd", weights(), moments(("momentum_buffer",)))
         put(folder / "plain-sgd", weights(), {"state": {}, "param_groups": [{"lr": 0.1, "params": list(NET.shapes())}]})
@@ -167,6 +168,40 @@ def test_a_frozen_layer_has_no_state_and_that_is_no_fault(sources: Sources, tmp_
     assert differing(loaded(tmp_path / "out", net), expected) == []
 
 
+def test_a_layer_that_was_frozen_may_be_trained_where_the_groups_name_it(tmp_path: Path) -> None:
+    """One that has no state yet is in its group all the same, and only reading the group's list can tell."""
+    with unheard():
+        a = save(tmp_path / "a", Net(3, frozen=frozenset({1})), 100, None)
+        b = save(tmp_path / "b", NET, 200, None)
+    merge({"base": a, "layers": {L1: b}}, tmp_path / "out")
+    assert value(tmp_path / "out", f"optim.state.{L1}.mlp.weight.step") == 200
+
+
+@pytest.mark.parametrize("to", ["dcp", "zero3"])
+def test_moments_that_no_param_group_knows_are_refused(sources: Sources, tmp_path: Path, to: str) -> None:
+    """A layer that was frozen has no place in its optimizer; training would go on without those moments."""
+    put(tmp_path / "frozen", weights(), moments(("exp_avg", "exp_avg_sq", "step"), lambda name: f"{L1}." not in name))
+    put(tmp_path / "whole", weights(), moments(("exp_avg", "exp_avg_sq", "step")))
+    base, whole = str(tmp_path / "frozen"), str(tmp_path / "whole")
+    with pytest.raises(RecipeError, match=rf"know {L1}\.mlp\.weight with its exp_avg from .*train: .*whole.*: drop\)"):
+        merge({"base": base, "layers": {L1: whole}}, tmp_path / "out", to=to)
+    with pytest.raises(RecipeError, match="does not know"):
+        merge({"base": whole, "train": base}, tmp_path / "out", to=to)
+    assert not (tmp_path / "out").exists()
+    if to == "dcp":
+        merge({"base": base, "layers": {L1: whole}, "train": whole}, tmp_path / "out")
+        merge({"base": base, "layers": {L1: whole}, "optimizer": "drop"}, tmp_path / "dropped")
+
+
+def test_state_under_numbers_is_dropped_only_if_that_is_said(sources: Sources, tmp_path: Path) -> None:
+    """A checkpoint of DCP takes it over as it is; ZeRO has no place for it."""
+    merge({"base": sources["numbered"], "layers": {L1: {"from": sources["bare"], "kinds": "weight"}}}, tmp_path / "out")
+    assert "optim.state.1.exp_avg" in dcp.FileSystemReader(tmp_path / "out").read_metadata().state_dict_metadata
+    with pytest.raises(RecipeError, match="numbered keeps its optimizer's state under numbers"):
+        merge({"base": sources["numbered"]}, tmp_path / "zero", to="zero3")
+    merge({"base": sources["numbered"], "optimizer": "drop"}, tmp_path / "hf", to="hf")
+
+
 # What it must not be --------------------------------------------------------------------
 
 
@@ -241,7 +276,15 @@ def test_moments_where_there_are_none(sources: Sources) -> None:
         ),
         ({"rename": {"model.layers.4": "model.layers.1"}}, "renames model.layers.4, which is no layer; did you mean"),
         ({"layers": {L1: "@numbered"}}, "numbered keeps its optimizer's state under numbers"),
-        ({"base": "@numbered", "rename": {L1: L2}}, "convert it first (tailor-convert"),
+        ({"base": "@numbered", "rename": {L1: L2}}, "save it by names (TrainState"),
+        ({"base": "@numbered", "drop": [L2]}, "numbered keeps its optimizer's state under numbers"),
+        (
+            {"base": "@numbered", "layers": {"model.layers.3": {"from": "@deep-bare", "kinds": "weight"}}},
+            "numbered keeps its optimizer's state under numbers",
+        ),
+        ({"train": "@numbered"}, "numbered keeps its optimizer's state under numbers"),
+        ({"base": "@numbered", "train": "@run/step-300"}, "numbered keeps its optimizer's state under numbers"),
+        ({"base": "@numbered", "optimizer": "@run/step-300"}, "numbered keeps its optimizer's state under numbers"),
         ({"max_stale_steps": 150, "layers": {L1: "@run/step-100"}}, "200 steps older than the result's 300"),
         ({"max_stale_steps": 150, "layers": {L1: {"from": "@bare", "kinds": "weight"}}}, "bare does not tell the step"),
         ({"base": "@tied/step-200", "layers": {"lm_head": "@tied/step-100"}}, "share one storage, but come from"),

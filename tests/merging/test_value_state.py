@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
-from tailor_dcp import TrainState, forget, open_checkpoint
+from tailor_dcp import LayerwisePlanner, TrainState, forget, inspect, open_checkpoint
+from tailor_dcp.merge import merge
 from tailor_dcp.recipes.errors import RecipeError
 from tests.support.hf_models import made
 from tests.support.value_merges import merged
@@ -82,7 +84,7 @@ def test_moments_are_averaged_as_weights_are(run: list[str], tmp_path: Path) -> 
 
 
 def test_moments_of_one_source(run: list[str], tmp_path: Path) -> None:
-    """Weights are merged, and moments, groups and progress are one model's."""
+    """Weights are merged, moments are one model's, and groups and progress the base's."""
     plan = {
         "merge_method": "slerp",
         "base_model": run[0],
@@ -94,13 +96,91 @@ def test_moments_of_one_source(run: list[str], tmp_path: Path) -> None:
     states = [key for key in want if key.startswith("optim.state.")]
     assert states and all(torch.equal(out[key], want[key]) for key in states)
     assert not torch.equal(out["model.lm_head.weight"], want["model.lm_head.weight"])
-    assert open_checkpoint(tmp_path / "out")["train.step"] == 3
+    assert open_checkpoint(tmp_path / "out")["train.step"] == 2
 
 
 def test_moments_are_dropped(run: list[str], tmp_path: Path) -> None:
-    """Nothing of the training is left."""
+    """Nothing of the optimizer is left; progress is the first model's, and the record knows its step."""
     merged(average(run), tmp_path / "out", "dcp", optimizer="drop")
-    assert all(key.startswith("model.") for key in open_checkpoint(tmp_path / "out"))
+    assert all(key.startswith(("model.", "train.")) for key in open_checkpoint(tmp_path / "out"))
+    assert open_checkpoint(tmp_path / "out")["train.step"] == 2
+    assert inspect(tmp_path / "out").step == 2
+
+
+def test_groups_are_the_leaders_where_another_model_has_others(run: list[str], tmp_path: Path) -> None:
+    """A parameter is in the group that the leader has it in, whatever the model of its moments says."""
+    model = made("llama")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-1)
+    train(model, optimizer, 1)
+    forget()
+    dcp.save(TrainState(model, optimizer, extra={"step": 9}), checkpoint_id=tmp_path / "one-group")
+    plan = average([run[0], str(tmp_path / "one-group")])
+    merged(plan, tmp_path / "out", "dcp", optimizer=str(tmp_path / "one-group"))
+    out, want = open_checkpoint(tmp_path / "out"), open_checkpoint(run[0])
+    for key in ("params", "lr", "weight_decay"):
+        found, wanted = ([c[f"optim.param_groups.{n}.{key}"] for n in range(2)] for c in (out, want))
+        assert list(map(sorted, found)) == list(map(sorted, wanted)) if key == "params" else found == wanted
+    assert out["optim.state.model.norm.weight.step"] == 1
+
+
+def test_a_leader_that_does_not_train_what_has_moments(run: list[str], tmp_path: Path) -> None:
+    """A moment without a param group would be lost when training goes on."""
+    model = made("llama")
+    model.model.norm.weight.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    train(model, optimizer, 1)
+    forget()
+    dcp.save(TrainState(model, optimizer), checkpoint_id=tmp_path / "frozen")
+    plan = average([str(tmp_path / "frozen"), run[0]])
+    with pytest.raises(RecipeError, match=r"frozen, from which the param groups come, does not train model\.norm\."):
+        merged(plan, tmp_path / "out", "dcp", optimizer=run[0])
+
+
+def test_state_under_numbers_is_not_lost_without_a_word(run: list[str], tmp_path: Path) -> None:
+    """Nothing tells whose it is, so it can only be dropped, and that must be said."""
+    model, optimizer = training()
+    train(model, optimizer, 1)
+    state = {"model": model.state_dict(), "optim": optimizer.state_dict(), "epoch": 3}
+    dcp.save(state, checkpoint_id=tmp_path / "numbered")
+    plan = average([str(tmp_path / "numbered"), run[0]])
+    for asked in (None, "average", run[0]):
+        with pytest.raises(RecipeError, match=r"numbered keeps its optimizer's state under numbers.*optimizer: drop"):
+            merged(plan, tmp_path / "out", "dcp", optimizer=asked)
+    merged(plan, tmp_path / "out", "dcp", optimizer="drop")
+    out = open_checkpoint(tmp_path / "out")
+    assert all(key.startswith(("model.", "train.")) for key in out) and not any("optim" in key for key in out)
+    assert out["train.epoch"] == 3
+
+
+def test_a_mean_is_as_wide_as_the_widest(run: list[str], tmp_path: Path) -> None:
+    """bf16 moments before fp32 ones must not round the mean."""
+    model, optimizer = training()
+    train(model, optimizer, 1)
+    weights, optim = get_state_dict(model, optimizer)
+    for kinds in optim["state"].values():
+        kinds |= {kind: kinds[kind].bfloat16() for kind in ("exp_avg", "exp_avg_sq")}
+    dcp.save({"model": weights, "optim": optim}, checkpoint_id=tmp_path / "bf16")
+    merged(average([str(tmp_path / "bf16"), run[1]]), tmp_path / "out", "dcp", optimizer="average")
+    key = "optim.state.lm_head.weight.exp_avg"
+    out, one, other = (held(Path(p))[key] for p in (tmp_path / "out", tmp_path / "bf16", run[1]))
+    assert out.dtype == torch.float32 and one.dtype == torch.bfloat16
+    torch.testing.assert_close(out, (one.float() + 3 * other) / 4)
+
+
+def test_what_is_stored_narrower_is_merged_and_written_in_trainings_dtype(run: list[str], tmp_path: Path) -> None:
+    """So the training that goes on has its own dtypes, and nothing is rounded a second time."""
+    model, optimizer = training()
+    paths = []
+    for step in (1, 2):
+        train(model, optimizer, 1)
+        paths.append(str(tmp_path / f"step-{step}"))
+        planner = LayerwisePlanner("moments:every=1,weights=bf16,moments=bf16", base=None)
+        dcp.save(TrainState(model, optimizer), checkpoint_id=paths[-1], planner=planner)
+    merge({**average(paths), "optimizer": "average"}, tmp_path / "out")
+    one, other, out = (held(Path(p)) for p in (*paths, tmp_path / "out"))
+    for key in ("model.lm_head.weight", "optim.state.lm_head.weight.exp_avg"):
+        assert one[key].dtype == torch.bfloat16 and out[key].dtype == torch.float32
+        torch.testing.assert_close(out[key], (one[key].float() + 3 * other[key].float()) / 4)
 
 
 def test_a_frankenmerge_keeps_them(run: list[str], tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ export OMP_NUM_THREADS ?= 1
 # DeepSpeed: on the CPU, and without compiling its kernels at installation.
 export DS_ACCELERATOR ?= cpu
 export DS_BUILD_OPS ?= 0
+# What it compiles when it is first used: one place for each environment, or two checkouts would take turns.
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
 .PHONY: demo test test-long test-zero-grid lint format bench clean
 

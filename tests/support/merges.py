@@ -154,14 +154,11 @@ class Plan:
                 layers[layer] = takes if len(takes) > 1 else takes[0]
         if glob:
             layers = self._globbed(layers)
-        # A glob also means layers that only its source has.
-        globbed = [take["from"] for name, take in layers.items() if "*" in name]
-        there = dict.fromkeys(name for source in (self.base, *globbed) for name in self.models[source].names)
         found: dict[str, Any] = {
             "base": self.base,
             "layers": layers,
             "rename": {old: new for old, new in rename.items() if new != [old]},
-            "drop": [name for name in there if name not in self.net.names],
+            "drop": [name for name in self.models[self.base].names if name not in self.net.names],
         }
         if self.train is not None:
             found["train"] = self.train
@@ -174,7 +171,9 @@ class Plan:
         takes = [layers.get(name, {"from": self.base}) for name in stack]
         if first is None or any(not isinstance(take, dict) or "kinds" in take for take in takes):
             return layers  # what a layer's own name does not speak of would come from the glob
-        rest = {name: take for name, take in layers.items() if name not in stack or take != first}
+        # A * adds no layer: what only the source has keeps its name.
+        there = [name for name in stack if name in self.models[self.base].names]
+        rest = {name: take for name, take in layers.items() if name not in there or take != first}
         for name in stack:
             if name not in layers:
                 rest[name] = {"from": self.base}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -20,6 +18,7 @@ from tailor_dcp.errors import ConversionError, TailorError
 from tailor_dcp.layers import LayerMap
 from tailor_dcp.location import is_url
 from tailor_dcp.locks import Lock
+from tailor_dcp.memory import peak_memory
 from tailor_dcp.tensors import close_files
 
 from . import ranks
@@ -129,7 +128,7 @@ def _converted(
         _described(catalog, writer, final, dry_run, linked),
         notes=tuple(dict.fromkeys(notes)),
         seconds=time.monotonic() - start,
-        peak_memory=max(ranks.gather(_peak_memory())),
+        peak_memory=max(ranks.gather(peak_memory())),
         written=max(0, catalog.bytes - linked) if dry_run else _size(final),
     )
 
@@ -304,8 +303,3 @@ def _size(final: Path) -> int:
 def _is_linked(path: Path) -> bool:
     """Tell whether a file of a result is the source's own, under another name."""
     return path.is_file() and path.stat().st_nlink > 1
-
-
-def _peak_memory() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tailor_dcp.catalog import Catalog
+from tailor_dcp.merging.model_files_config import with_dtype
 from tailor_dcp.tensors import Readable
 
 from . import peft_folder, ranks
@@ -21,7 +21,6 @@ from .safetensors_file import layout_of, shards_of
 from .trainer_folder import write_trainer_files
 
 _METADATA = {"format": "pt"}
-_DTYPES = ("dtype", "torch_dtype")
 _INPUT = ("embed", "wte", "shared")
 
 
@@ -87,16 +86,9 @@ def _finish(
         }
         (place / f"{name}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if options.dtype is not None and CONFIG in catalog.files:
-        config = _with_dtype(read_json(catalog.files[CONFIG]), str(options.dtype).removeprefix("torch."))
+        config = with_dtype(read_json(catalog.files[CONFIG]), str(options.dtype).removeprefix("torch."))
         (place / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     write_trainer_files(catalog, place)
-
-
-def _with_dtype(config: dict[str, Any], dtype: str, inner: bool = False) -> dict[str, Any]:
-    """Return a configuration that names another dtype, in the parts of it as well."""
-    made = {k: _with_dtype(v, dtype, inner=True) if isinstance(v, dict) else v for k, v in config.items()}
-    present = [key for key in _DTYPES if key in made] or ([] if inner else [_DTYPES[0]])
-    return made | dict.fromkeys(present, dtype)
 
 
 def _left_out(catalog: Catalog) -> list[str]:

@@ -13,8 +13,6 @@ from tailor_dcp.formats import Formats
 
 from .convert import write_catalog
 from .formats import SOURCES, TARGETS, source_of
-from .hf_files import CONFIG, read_json
-from .hf_model import HfModel, model_of
 from .options import Options
 
 
@@ -29,14 +27,6 @@ class _Converters:
         options = Options(weights_only=weights_only, allow=allow)
         catalog = source_of(path, None).open(path, options)
         return _without_training(catalog) if weights_only else catalog
-
-    def filed(self, catalog: Catalog) -> Catalog:
-        model = _model(catalog)
-        return catalog if model is None else replace(catalog, weights=model.filed(catalog.stored))
-
-    def live(self, catalog: Catalog) -> Catalog:
-        model = _model(catalog)
-        return catalog if model is None else replace(catalog, weights=model.live(catalog.weights).tensors)
 
     def write(
         self,
@@ -58,16 +48,6 @@ class _Converters:
 
 
 _without_training = weights_only
-
-
-def _model(catalog: Catalog) -> HfModel | None:
-    """Return the model that a catalog's configuration describes, None if there is none that is known."""
-    if CONFIG not in catalog.files:
-        return None
-    try:
-        return model_of(read_json(catalog.files[CONFIG]))
-    except LookupError:
-        return None
 
 
 CONVERTERS: Formats = _Converters()

@@ -38,15 +38,6 @@ class Formats(Protocol):
             TailorError: it is of no known format, damaged, or holds a class that is not in ``allow``.
         """
 
-    def filed(self, catalog: Catalog) -> Catalog:
-        """Return the weights by the names and in the shapes that Hugging Face files have.
-
-        The catalog's own files tell the model; where they do not, everything stays as it is.
-        """
-
-    def live(self, catalog: Catalog) -> Catalog:
-        """Return weights with names of files as the live model has them: the reverse of ``filed``."""
-
     def write(
         self,
         catalog: Catalog,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tailor_dcp.location import is_url
+from tailor_dcp.memory import peak_memory
 from tailor_dcp.merging.computing import compute
 from tailor_dcp.merging.picking import Outcome, pick
 from tailor_dcp.merging.sources import Opener
@@ -135,7 +134,6 @@ def _target(out: str | os.PathLike[str]) -> Path:
 
 def _merged(done: Outcome, target: Path, seconds: float) -> Merged:
     written = sum(path.stat().st_size for path in target.rglob("*") if path.is_file() and path not in done.shared)
-    unit = 1 if sys.platform == "darwin" else 1024
     return Merged(
         str(target),
         done.format,
@@ -146,5 +144,5 @@ def _merged(done: Outcome, target: Path, seconds: float) -> Merged:
         done.live,
         done.notes,
         seconds,
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        peak_memory(),
     )

@@ -19,7 +19,22 @@ import torch
 
 from tailor_dcp.open_files import close_files, read_file
 
-__all__ = ["Cast", "Given", "Piece", "Readable", "Stored", "Zeros", "cast", "close_files", "raw_bytes", "read_file"]
+__all__ = [
+    "Cast",
+    "Given",
+    "Piece",
+    "Readable",
+    "Stored",
+    "Zeros",
+    "cast",
+    "close_files",
+    "raw_bytes",
+    "read_file",
+    "same",
+]
+
+_STEP = 8 << 20
+"""Bytes of tensors that are compared at a time."""
 
 
 class Readable(ABC):
@@ -174,3 +189,14 @@ def cast(tensor: Readable, dtype: torch.dtype | None) -> Readable:
     if dtype is None or tensor.dtype == dtype or not tensor.dtype.is_floating_point:
         return tensor
     return Cast(tensor, dtype)
+
+
+def same(one: Readable, other: Readable) -> bool:
+    """Tell whether two tensors hold the same values, a stretch at a time."""
+    if one is other:
+        return True
+    if (one.size, one.dtype) != (other.size, other.dtype):
+        return False
+    step = _STEP // one.dtype.itemsize
+    spans = ((start, min(start + step, one.count)) for start in range(0, one.count, step))
+    return all(torch.equal(one.read(*span), other.read(*span)) for span in spans)

@@ -43,7 +43,7 @@ def merged_config(
     for stack, numbers in layers.items():
         made = _with_layers(made, name, stack, list(numbers))
     if dtype is not None:
-        made = _with_dtype(made, str(dtype).removeprefix("torch."))
+        made = with_dtype(made, str(dtype).removeprefix("torch."))
     if untied:
         made = {
             key: {**value, _TIE: False} if key in _PARTS and _TIE in value else value for key, value in made.items()
@@ -88,8 +88,8 @@ def _moved(name: str, value: Any, count: int, numbers: list[int]) -> Any:
     return value
 
 
-def _with_dtype(config: dict[str, Any], dtype: str, inner: bool = False) -> dict[str, Any]:
+def with_dtype(config: dict[str, Any], dtype: str, inner: bool = False) -> dict[str, Any]:
     """Return a configuration that names another dtype, in the parts of it as well."""
-    made = {key: _with_dtype(v, dtype, inner=True) if isinstance(v, dict) else v for key, v in config.items()}
+    made = {key: with_dtype(v, dtype, inner=True) if isinstance(v, dict) else v for key, v in config.items()}
     present = [key for key in _DTYPES if key in made] or ([] if inner else [_DTYPES[0]])
     return made | dict.fromkeys(present, dtype)

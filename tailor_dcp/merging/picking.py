@@ -29,7 +29,7 @@ from tailor_dcp.merging.whole_groups import whole_groups
 from tailor_dcp.open_checkpoint import Checkpoint
 from tailor_dcp.recipes.errors import RecipeError
 from tailor_dcp.recipes.native import Recipe
-from tailor_dcp.tensors import Readable
+from tailor_dcp.tensors import Readable, same
 from tailor_dcp.units import WEIGHT
 
 Progress = Callable[[int, int], None]
@@ -157,7 +157,7 @@ def _with_whole_groups(recipe: Recipe, sources: dict[str, Source]) -> dict[str, 
 
 def _with_equal_tied(resolved: Resolved, sources: Mapping[str, Source]) -> Resolved:
     """Tie what the base ties and what is the same in a source that knows of no ties: stock saves tell of none."""
-    equal = [pair for pair in resolved.loose if tying.same(*(_readable(slot, sources) for slot in pair))]
+    equal = [pair for pair in resolved.loose if same(*(_readable(slot, sources) for slot in pair))]
     rest = tuple(pair for pair in resolved.loose if pair not in equal)
     return replace(resolved, ties=tying.joined(resolved.ties, equal), loose=rest) if equal else resolved
 

@@ -6,18 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise, zip_longest
 from typing import TYPE_CHECKING
 
-import torch
-
 from tailor_dcp.merging.index import Index
 from tailor_dcp.recipes.errors import RecipeError
-from tailor_dcp.tensors import Readable
 from tailor_dcp.ties import Tie, merge_ties
 
 if TYPE_CHECKING:
     from tailor_dcp.merging.resolve import Slot
-
-_STEP = 8 << 20
-"""Bytes of tensors that are compared at a time."""
 
 
 def shared(base: Index, indexes: Iterable[Index], slots: Iterable[Slot]) -> tuple[Tie, ...]:
@@ -82,14 +76,3 @@ def two_tensors(base: Index, first: Slot, slot: Slot) -> RecipeError:
 def joined(ties: Iterable[Tie], pairs: Iterable[tuple[Slot, Slot]]) -> tuple[Tie, ...]:
     """Return ties with pairs that were found to hold the same values."""
     return merge_ties([*ties, *((first.key, slot.key) for first, slot in pairs)])
-
-
-def same(one: Readable, other: Readable) -> bool:
-    """Tell whether two tensors hold the same values, a stretch at a time."""
-    if one is other:
-        return True
-    if (one.size, one.dtype) != (other.size, other.dtype):
-        return False
-    step = _STEP // one.dtype.itemsize
-    spans = ((start, min(start + step, one.count)) for start in range(0, one.count, step))
-    return all(torch.equal(one.read(*span), other.read(*span)) for span in spans)

@@ -23,10 +23,8 @@ from tailor_dcp.recipes.errors import RecipeError
 from tailor_dcp.recipes.mergekit_data import Plan
 from tailor_dcp.recipes.mergekit_plan import Made, Merge, resolve
 from tailor_dcp.recipes.mergekit_schema import parse
-from tailor_dcp.tensors import Readable, cast
+from tailor_dcp.tensors import Readable, cast, same
 
-_STEP = 8 << 20
-"""Bytes of tensors that are compared at a time."""
 _WEIGHT = "weight"
 _ELEMENTWISE = frozenset(["passthrough", "linear", "task_arithmetic"])
 """Methods that look at one element at a time, so that a stretch of a tensor can be merged without the rest."""
@@ -186,18 +184,11 @@ def _check_equal(made: Made, inputs: Sequence[Readable]) -> None:
     """See that models agree about what has no mean: counters, masks and the like."""
     first, *others = inputs
     for taken, other in zip(made.inputs[1:], others, strict=True):
-        if other.dtype != first.dtype or not all(torch.equal(*pair) for pair in _pairs(first, other)):
+        if not same(first, other):
             raise RecipeError(
                 f"{made.name} is not of floating point and differs between {made.inputs[0].model} and {taken.model}, "
                 f"so it cannot be merged; make it equal in both, or take its layer from one model."
             )
-
-
-def _pairs(one: Readable, other: Readable) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    step = _STEP // one.dtype.itemsize
-    for start in range(0, one.count, step):
-        stop = min(start + step, one.count)
-        yield one.read(start, stop), other.read(start, stop)
 
 
 def _marked(merge: Merge, held: Mapping[str, frozenset[str]]) -> frozenset[str]:

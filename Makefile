@@ -11,7 +11,7 @@ export DS_BUILD_OPS ?= 0
 # What it compiles when it is first used: one place for each environment, or two checkouts would take turns.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: demo test test-long test-zero-grid lint format bench clean
+.PHONY: demo test test-long test-zero-grid lint format bench bench-quick clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/train_fsdp.py
@@ -35,16 +35,12 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Every benchmark beside its peer, in one table and in benchmarks/results.md.
 bench: $(VENV)/.test
-	-PYTHONPATH=. $(BIN)/python benchmarks/save.py
-	-PYTHONPATH=. $(BIN)/python benchmarks/compose.py
-	-PYTHONPATH=. $(BIN)/python benchmarks/disk_use.py
-	-PYTHONPATH=. $(BIN)/python benchmarks/async.py
-	-PYTHONPATH=. $(BIN)/python benchmarks/fingerprint.py
-	-PYTHONPATH=. $(BIN)/python -m benchmarks.convert
-	-PYTHONPATH=. $(BIN)/python -m benchmarks.merge
-	-PYTHONPATH=. $(BIN)/python -m benchmarks.link
-	-PYTHONPATH=. $(BIN)/python benchmarks/load.py
+	$(BIN)/python -m benchmarks.all
+
+bench-quick: $(VENV)/.test
+	$(BIN)/python -m benchmarks.all --quick
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

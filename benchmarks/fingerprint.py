@@ -8,19 +8,20 @@ anything can do which looks at every bit.
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.harness import Work, as_dict, interleave, machine, ratio
+from benchmarks.harness import Work, interleave, ratio
+from benchmarks.table import Row, publish, row
 from tailor_dcp.fingerprint import fingerprint
+
+ORDINARY = "fp32, rows of a power of two"
+GOAL = 0.5  # of the rate of reading
 
 
 def cases(mb: int, device: str) -> dict[str, tuple[torch.Tensor, list[int], list[int]]]:
@@ -29,14 +30,14 @@ def cases(mb: int, device: str) -> dict[str, tuple[torch.Tensor, list[int], list
     whole = torch.randn(rows, 4096, device=device)
     odd = torch.randn(rows, 4095, device=device)
     return {
-        "fp32, rows of a power of two": (whole, [0, 0], [rows, 4096]),
+        ORDINARY: (whole, [0, 0], [rows, 4096]),
         "fp32, the last of two shards of columns": (whole, [0, 4096], [rows, 8192]),
         "fp32, odd rows at an odd place": (odd, [3, 0], [rows + 3, 4095]),
         "bf16": (whole.bfloat16(), [0, 0], [rows, 4096]),
     }
 
 
-def measure(chunk: torch.Tensor, offsets: list[int], size: list[int], rounds: int) -> dict[str, Any]:
+def measure(name: str, chunk: torch.Tensor, offsets: list[int], size: list[int], rounds: int) -> list[Row]:
     """Time one chunk against reading it."""
     words = chunk.reshape(-1).view(torch.int64)
 
@@ -51,8 +52,22 @@ def measure(chunk: torch.Tensor, offsets: list[int], size: list[int], rounds: in
         array = words.numpy()
         works["numpy xor"] = lambda: np.bitwise_xor.reduce(array)
     times = interleave(works, rounds, reset=lambda: None, warm_up=2)
-    rates = {name: words.nbytes / 1e9 / statistics.median(seconds) for name, seconds in times.items()}
-    return {"rates": rates, "ratios": {n: ratio(times[n], times["fingerprint"]) for n in works if n != "fingerprint"}}
+    note = f"{words.nbytes / 1e9 / statistics.median(times['fingerprint']):.2f} GB/s"
+    # The bar is of the work on ordinary chunks, and of reading in the way that a user would.
+    bars = {"torch.sum": GOAL if name == ORDINARY else None}
+    return [
+        row(
+            f"fingerprint, {name}",
+            beside,
+            "rate",
+            ratio(times[beside], times["fingerprint"]),
+            bars.get(beside),
+            True,
+            note,
+        )
+        for beside in works
+        if beside != "fingerprint"
+    ]
 
 
 def main(
@@ -64,20 +79,8 @@ def main(
 ) -> None:
     """Measure all cases."""
     torch.set_num_threads(threads)
-    found = {name: measure(*case, rounds) for name, case in cases(mb, device).items()}
-    table = Table(title=f"Fingerprints of {mb} MB on {threads} cores of {device}", title_justify="left")
-    for column in ("chunk", "what", "GB/s", "our speed as a part of it"):
-        table.add_column(column)
-    for name, case in found.items():
-        for what, rate in case["rates"].items():
-            table.add_row(name, what, f"{rate:.2f}", str(case["ratios"].get(what, "")))
-    Console(width=130).print(table)
-    if out:
-        rows = [
-            {"chunk": name, "rates": c["rates"], "ratios": {n: as_dict(r) for n, r in c["ratios"].items()}}
-            for name, c in found.items()
-        ]
-        out.write_text(json.dumps({"machine": machine(), "mb": mb, "threads": threads, "rows": rows}, indent=2) + "\n")
+    rows = [one for name, case in cases(mb, device).items() for one in measure(name, *case, rounds)]
+    publish(f"Fingerprints of {mb} MB on {threads} cores of {device}, {rounds} pairs", rows, out, threads=threads)
 
 
 if __name__ == "__main__":

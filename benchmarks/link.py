@@ -10,7 +10,6 @@ work nearly all: on a busy machine the processor's seconds tell more than the cl
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import statistics
@@ -22,12 +21,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.convert import _checkpoint, _prepared
-from benchmarks.harness import LLAMA_8B, Ratio, as_dict, machine, ratio, scratch
+from benchmarks.harness import LLAMA_8B, ratio, scratch
+from benchmarks.table import Row, publish, row
 
 LINK, LINK_LARGE = "--link, 1.3 GB", "--link, 96 GB sparse"
 THEIRS = ("zero_to_fp32", "ds_to_universal")
@@ -56,25 +54,17 @@ def _compare(pairs: int, place: Path, out: Path | None) -> None:
     times = {name: [row[name][0] for row in found] for name in WORKS}
     busy = {name: [row[name][1] for row in found] for name in WORKS}
     middle = {name: statistics.median(held) for name, held in times.items()}
-    beside: dict[str, Ratio] = {name: ratio(times[LINK], times[name]) for name in (*THEIRS, LINK_LARGE)}
-    bars = {f"{name}: under {_BAR} s": middle[name] < _BAR for name in (LINK, LINK_LARGE)}
-    table = Table(title=f"ZeRO-3, 2 ranks, {small / 1e9:.2f} GB and {large / 1e9:.0f} GB, {pairs} pairs")
-    for column in ("work", "seconds", "fastest", "of the processor", "time of --link, 1.3 GB / its time  [95 %]"):
-        table.add_column(column)
-    for name in WORKS:
-        told = (middle[name], min(times[name]), statistics.median(busy[name]))
-        table.add_row(name, *(f"{seconds:.3f}" for seconds in told), str(beside.get(name, "1")))
-    console = Console(width=120)
-    console.print(table)
-    for bar, held in bars.items():
-        console.print(f"{'holds' if held else 'MISSED'}: {bar}")
-    if out:
-        rows = {name: {"seconds": times[name], "processor": busy[name]} for name in WORKS}
-        about = {"machine": machine(), "pairs": pairs, "bytes": {"small": small, "large": large}, "rows": rows}
-        ratios = {name: as_dict(value) for name, value in beside.items()}
-        out.write_text(json.dumps({**about, "ours / its": ratios, "bars": bars}, indent=2) + "\n")
-    if not all(bars.values()):
-        sys.exit(1)
+    rows = [_row(beside, times, busy) for beside in (*THEIRS, LINK_LARGE)]
+    rows += [
+        row(name, f"{_BAR} s", "time beyond imports", middle[name] / _BAR, 1.0, note=f"{middle[name]:.3f} s")
+        for name in (LINK, LINK_LARGE)
+    ]
+    publish(f"Linking to ZeRO-3, 2 ranks, {small / 1e9:.2f} GB and {large / 1e9:.0f} GB, {pairs} pairs", rows, out)
+
+
+def _row(beside: str, times: dict[str, list[float]], busy: dict[str, list[float]]) -> Row:
+    note = f"{statistics.median(times[beside]):.2f} s, {statistics.median(busy[beside]):.2f} s of the processor"
+    return row(LINK, beside, "time", ratio(times[LINK], times[beside]), note=f"its {note}")
 
 
 def _round(folder: Path, turn: int) -> dict[str, tuple[float, float]]:

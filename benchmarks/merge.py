@@ -23,12 +23,11 @@ from statistics import median
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.harness import LLAMA_8B, Ratio, Work, as_dict, interleave, llama_shapes, machine, ratio, scratch
+from benchmarks.harness import LLAMA_8B, Work, interleave, llama_shapes, ratio, scratch
 from benchmarks.memory import Watch
 from benchmarks.sharded import Shapes, write_checkpoint
+from benchmarks.table import publish, row
 from tailor_dcp import merge
 from tailor_dcp.recipes.native import Recipe, Take
 
@@ -178,48 +177,21 @@ def _report(
     place: Path,
     out: Path | None,
 ) -> None:
-    beside = {name: ratio(times[OURS], times[name]) for name in (CP, MERGEKIT)}
-    flat = ratio(times[TENFOLD], times[EIGHT])
+    eight = median(times[EIGHT])
     computed = {name: median(times[name]) / sizes[name] * sizes[EIGHT] for name in (CP, MERGEKIT)}
-    bars = {
-        "under 1 s at 8B shapes, imports left out": median(times[EIGHT]) < 1,
-        "flat: ten times the bytes take at most 1.2 times as long": flat.median <= 1.2,
-        "at 8B a tenth of what cp would take, computed": median(times[EIGHT]) < computed[CP] / 10,
-        "faster than mergekit": beside[MERGEKIT].median < 1,
-    }
-    console = Console(width=120)
-    console.print(_table(times, sizes, memory, beside, place))
-    console.print(f"ten times the bytes / 8B: {flat}")
-    for name, seconds in computed.items():
-        console.print(f"{name} of 8B's bytes, computed from its rate here, not measured: {seconds:.0f} s")
-    console.print(f"the whole command at 8B, imports included: {command:.2f} s")
-    for bar, held in bars.items():
-        console.print(f"{'holds' if held else 'MISSED'}: {bar}")
-    if out:
-        told = {
-            "machine": machine(), "place": str(place), "pairs": len(times[OURS]), "bytes": sizes, "seconds": times,
-            "ours / its": {name: as_dict(found) for name, found in beside.items()},
-            "ten times the bytes / 8B": as_dict(flat), "private memory": memory, "computed at 8B": computed,
-            "command at 8B": command, "bars": bars,
-        }  # fmt: skip
-        out.write_text(json.dumps(told, indent=2) + "\n")
-    if not all(bars.values()):
-        sys.exit(1)
-
-
-def _table(
-    times: dict[str, list[float]], sizes: dict[str, int], memory: dict[str, int], beside: dict[str, Ratio], place: Path
-) -> Table:
-    title = f"32 layers by parity from two steps, {RANKS} ranks of shards, {place}, {len(times[OURS])} rounds"
-    table = Table(title=title, title_justify="left")
-    for column in ("work", "bytes of one source", "seconds", "our time / its time  [95 %]", "private memory"):
-        table.add_column(column)
-    for name in WORKS:
-        words = f"ours, {name}, sparse" if name in (EIGHT, TENFOLD) else name
-        share = str(beside[name]) if name in beside else ""
-        held = f"{memory[name] / _MEBI:.0f} MiB"
-        table.add_row(words, f"{sizes[name] / 1e9:.2f} GB", f"{median(times[name]):.3f}", share, held)
-    return table
+    title = f"Merging 32 layers by parity from two steps, {RANKS} ranks of shards, {place}, {len(times[OURS])} rounds"
+    size = f"{sizes[OURS] / 1e9:.2f} GB"
+    told = {name: f"its {median(times[name]):.2f} s, {memory[name] / _MEBI:.0f} MiB private" for name in (CP, MERGEKIT)}
+    rows = [
+        row("ten times the bytes of 8B", "8B", "time", ratio(times[TENFOLD], times[EIGHT]), 1.2),
+        row("8B shapes, sparse", "1 s", "time beyond imports", eight, 1.0, note=f"the whole command {command:.2f} s"),
+        row(
+            "8B shapes, sparse", "cp -r, computed", "time", eight / computed[CP], 0.1, note=f"its {computed[CP]:.0f} s"
+        ),
+        row(f"{size}, parity", CP, "time", ratio(times[OURS], times[CP]), note=told[CP]),
+        row(f"{size}, parity", MERGEKIT, "time", ratio(times[OURS], times[MERGEKIT]), 1.0, note=told[MERGEKIT]),
+    ]
+    publish(title, rows, out, bytes=sizes, memory=memory, computed=computed, command=command)
 
 
 if __name__ == "__main__":

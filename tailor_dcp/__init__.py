@@ -7,6 +7,7 @@ policy finds due; ``dcp.load(state, checkpoint_id="run/step-200")`` reads a comp
 from typing import TYPE_CHECKING
 
 from tailor_dcp.copying import copy
+from tailor_dcp.diff import diff
 from tailor_dcp.errors import TailorError, TailorWarning
 from tailor_dcp.inspection import inspect
 from tailor_dcp.layers import LayerMap
@@ -36,6 +37,7 @@ __all__ = [
     "TailorWarning",
     "TrainState",
     "copy",
+    "diff",
     "forget",
     "inspect",
     "latest",

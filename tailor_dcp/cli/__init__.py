@@ -8,6 +8,7 @@ import warnings
 import typer
 
 from tailor_dcp.cli.copy import copy
+from tailor_dcp.cli.diff import diff
 from tailor_dcp.cli.inspect import inspect
 from tailor_dcp.cli.materialize import materialize
 from tailor_dcp.cli.merge import merge
@@ -21,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (inspect, merge, materialize, copy, prune):
+for verb in (inspect, diff, merge, materialize, copy, prune):
     app.command()(verb)
 
 

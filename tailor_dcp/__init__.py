@@ -20,6 +20,7 @@ from tailor_dcp.planner import LayerwisePlanner
 from tailor_dcp.prune import prune
 from tailor_dcp.reader import LayerwiseReader
 from tailor_dcp.runs import latest
+from tailor_dcp.simulate import simulate
 from tailor_dcp.state import TrainState
 from tailor_dcp.writer import LayerwiseWriter
 
@@ -45,6 +46,7 @@ __all__ = [
     "merge",
     "open_checkpoint",
     "prune",
+    "simulate",
 ]
 
 

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-import torch
 from torch.distributed.checkpoint.filesystem import _StoragePrefix
 from torch.distributed.checkpoint.planner import SavePlan
 
 from tailor_dcp.base import Base
+from tailor_dcp import drifts
 from tailor_dcp.changes import Parts, remembered
 from tailor_dcp.decision import Decision
 from tailor_dcp.errors import ConflictingStateError
@@ -21,7 +21,7 @@ from tailor_dcp.location import Location
 from tailor_dcp.metadata.compose import Shape
 from tailor_dcp.metadata.record import Origin, Record, UnitRecord
 from tailor_dcp.policies import Policy
-from tailor_dcp.selection import State
+from tailor_dcp.selection import State, narrower
 from tailor_dcp.ties import Tie, merge_ties
 from tailor_dcp.units import STEP, WEIGHT, Unit
 
@@ -35,12 +35,14 @@ class RankInfo:
         shapes: global size and dtype of each key that this rank holds a part of.
         ties: groups of keys that share storage here.
         fingerprints: of each chunk here; empty unless the policy needs them.
+        drifts: what tells how far each chunk here moved; empty unless the policy needs it.
     """
 
     paths: Mapping[str, tuple[str | int, ...]]
     shapes: Mapping[str, Shape]
     ties: tuple[Tie, ...]
     fingerprints: Parts = field(default_factory=dict)
+    drifts: drifts.Measured = field(default_factory=drifts.Measured)
 
 
 @dataclass(frozen=True)
@@ -148,25 +150,10 @@ def keep_due(plans: list[SavePlan], carried: set[str]) -> list[SavePlan]:
 def narrow(plans: list[SavePlan], decision: Decision, state: State, policy: Policy) -> dict[str, str]:
     """Give due items the dtype that the policy stores them in.
 
-    Buffers and frozen weights keep their own where training is seen to go on beside them: a
-    running mean or a frozen base in half precision could not be restored bit for bit.
-
     Returns:
         The training state's dtype of each key that is narrowed.
     """
-    stored: dict[str, torch.dtype] = {}
-    for unit in decision.due:
-        if unit.kind == STEP:
-            continue
-        for key in state.units[unit]:
-            dtype = state.shapes[key].dtype
-            if dtype is None or not dtype.is_floating_point:
-                continue
-            if unit.kind == WEIGHT and state.trained and key not in state.trained:
-                continue
-            wanted = policy.storage_dtype(unit, dtype)
-            if wanted != dtype:
-                stored[key] = wanted
+    stored = narrower(decision.due, state, policy)
     for item in (item for plan in plans for item in plan.items) if stored else ():
         if item.index.fqn in stored and item.tensor_data is not None:
             item.tensor_data.properties.dtype = stored[item.index.fqn]
@@ -203,6 +190,7 @@ def make_record(
         ties=state.ties,
         crcs={new: crcs[old] for old, new in decision.paths.items() if old in crcs},
         fingerprints=remembered(state, decision.origins, base),
+        sketches=drifts.remembered(state, decision.origins, base),
     )
 
 

@@ -6,11 +6,14 @@ import difflib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
+import torch
+
 from tailor_dcp.errors import PolicyError
 from tailor_dcp.layers import LayerMap
 from tailor_dcp.metadata.compose import Shape
 from tailor_dcp.metadata.record import Origin
 from tailor_dcp.policies import Policy, SaveRequest, UnitInfo
+from tailor_dcp.sketch import Samples
 from tailor_dcp.units import STEP, WEIGHT, Unit
 
 Units = Mapping[Unit, tuple[str, ...]]
@@ -28,6 +31,8 @@ class State:
         trained: the keys of weights that have optimizer state.
         fingerprints: of every tensor; empty unless the policy needs them.
         changed: whether a unit's bits differ from what the base holds; None or left out if unknown.
+        sketches: samples of every floating-point tensor; empty unless the policy needs drift.
+        drift: how far a unit moved since what the base holds of it; left out if unknown.
     """
 
     shapes: Mapping[str, Shape]
@@ -36,6 +41,8 @@ class State:
     trained: frozenset[str] = frozenset()
     fingerprints: Mapping[str, int] = field(default_factory=dict)
     changed: Mapping[Unit, bool | None] = field(default_factory=dict)
+    sketches: Mapping[str, Samples] = field(default_factory=dict)
+    drift: Mapping[Unit, float] = field(default_factory=dict)
 
     @property
     def tied_units(self) -> list[set[Unit]]:
@@ -118,10 +125,17 @@ def complete(due: set[Unit], state: State, available: Collection[Unit]) -> set[U
 
 
 def make_request(
-    state: State, available: Mapping[Unit, Origin], step: int | None, index: int, layers: LayerMap
+    state: State,
+    available: Mapping[Unit, Origin],
+    step: int | None,
+    index: int,
+    layers: LayerMap,
+    policy: Policy | None = None,
+    rate: float | None = None,
 ) -> SaveRequest:
     """Describe the state to a policy. Followers (``step``, tied twins) are not shown: they have no say."""
     followers = _followers(state)
+    stored = narrower(state.units, state, policy) if policy else {}
     infos = []
     for unit, keys in state.units.items():
         if unit in followers:
@@ -137,9 +151,33 @@ def make_request(
                 stack=place[0] if place else None,
                 number=place[1] if place else None,
                 changed=state.changed.get(unit) if origin else None,
+                stored=sum(state.shapes[key].stored_in(stored.get(key)) for key in keys),
+                drift=state.drift.get(unit) if origin else None,
             )
         )
-    return SaveRequest(step, index, tuple(infos))
+    return SaveRequest(step, index, tuple(infos), rate)
+
+
+def narrower(due: Iterable[Unit], state: State, policy: Policy) -> dict[str, torch.dtype]:
+    """Return the keys of due units that are stored in a narrower dtype than training's, and that dtype.
+
+    Buffers and frozen weights keep their own where training is seen to go on beside them: a
+    running mean or a frozen base in half precision could not be restored bit for bit.
+    """
+    stored: dict[str, torch.dtype] = {}
+    for unit in due:
+        if unit.kind == STEP:
+            continue
+        for key in state.units[unit]:
+            dtype = state.shapes[key].dtype
+            if dtype is None or not dtype.is_floating_point:
+                continue
+            if unit.kind == WEIGHT and state.trained and key not in state.trained:
+                continue
+            wanted = policy.storage_dtype(unit, dtype)
+            if wanted != dtype:
+                stored[key] = wanted
+    return stored
 
 
 def cohorts(policy: Policy, request: SaveRequest, state: State) -> dict[str, str]:

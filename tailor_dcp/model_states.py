@@ -146,7 +146,8 @@ def _with_optimizer(
     paths: dict[str, tuple[str | int, ...]] = {
         key: ("model", key.removeprefix(_MODEL)) if key.startswith(_MODEL) else (key,) for key in weights
     }
-    twins = {key for tie in ties for key in tie[1:]}
+    # An optimizer knows a tied parameter by the name that comes first in the model.
+    twins = {key for tie in ties for key in [key for key in weights if key in tie][1:]}
     for key, size in weights.items():
         fqn = key.removeprefix(_MODEL)
         if key in twins or is_resting(key, layers.layer(fqn), frozen):

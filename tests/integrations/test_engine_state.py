@@ -50,6 +50,9 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
         assert torch.equal(value, b[key]), key
 
 
+# DeepSpeed compiles its kernel for minutes when it is first used in an environment.
+COMPILED = pytest.mark.long
+
 # Going on ----------------------------------------------------------------------------------
 
 RESUMES = [
@@ -61,8 +64,8 @@ RESUMES = [
     (Setup(1, "bf16"), None),
     (Setup(3, groups=2, options=SUB_GROUPS), None),
     (Setup(2, groups=2, options=ROUND_ROBIN), None),
-    (Setup(3, "bf16", optimizer="cpu_adam", offload=True), None),
-    (Setup(2, "bf16", optimizer="cpu_adam", offload=True), None),
+    pytest.param(Setup(3, "bf16", optimizer="cpu_adam", offload=True), None, marks=COMPILED),
+    pytest.param(Setup(2, "bf16", optimizer="cpu_adam", offload=True), None, marks=COMPILED),
     (Setup(1, offload=True), None),
     (Setup(3, "bf16", offload=True, options=(("offload_param", {"device": "cpu"}),)), None),
     (Setup(2), Setup(3)),
@@ -88,15 +91,23 @@ def test_accumulated_batches_go_on_with_the_same_bits(tmp_path: Path, zero_fleet
         assert steps == 3
 
 
-def test_an_engine_that_never_stepped_is_saved_as_it_is(tmp_path: Path, zero_fleet: Fleet) -> None:
-    for setup in (Setup(3, groups=2, options=SUB_GROUPS), Setup(2, groups=2), Setup(3, optimizer="cpu_adam")):
-        path = tmp_path / str(hash(setup))
-        for expected, losses, states in zero_fleet.call(f"{CALLS}:never_stepped", setup, str(path)):
-            assert losses == expected
-            assert states == 0
-        found = tensors(path)
-        assert not found["optim.state.cube.exp_avg"].any()
-        assert found["optim.state.cube.step"] == 0
+@pytest.mark.parametrize(
+    "setup",
+    [
+        Setup(3, groups=2, options=SUB_GROUPS),
+        Setup(2, groups=2),
+        pytest.param(Setup(3, optimizer="cpu_adam"), marks=COMPILED),
+    ],
+    ids=str,
+)
+def test_an_engine_that_never_stepped_is_saved_as_it_is(tmp_path: Path, zero_fleet: Fleet, setup: Setup) -> None:
+    path = tmp_path / "never"
+    for expected, losses, states in zero_fleet.call(f"{CALLS}:never_stepped", setup, str(path)):
+        assert losses == expected
+        assert states == 0
+    found = tensors(path)
+    assert not found["optim.state.cube.exp_avg"].any()
+    assert found["optim.state.cube.step"] == 0
 
 
 # What is in a checkpoint -------------------------------------------------------------------
@@ -106,7 +117,7 @@ CONTENTS = [
     Setup(3, "fp32", "odd", options=SUB_GROUPS),
     Setup(2, "bf16", "odd", groups=2, options=ROUND_ROBIN),
     Setup(1, "fp32", "tied llama"),
-    Setup(2, "fp32", "odd", optimizer="cpu_adam", offload=True),
+    pytest.param(Setup(2, "fp32", "odd", optimizer="cpu_adam", offload=True), marks=COMPILED),
 ]
 
 

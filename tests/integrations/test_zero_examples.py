@@ -10,6 +10,7 @@ import pytest
 from tests.test_demo import run
 
 
+@pytest.mark.long
 def test_fsdp2_takes_over_from_zero(tmp_path: Path) -> None:
     result = run("zero_to_fsdp.py", "--steps", 3, "--leave", 1, "--ranks", 1, cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, ""), result.stdout

@@ -1,6 +1,6 @@
 """What a load costs beside stock DCP's reader and beside bare ``preadv`` of the same bytes.
 
-    PYTHONPATH=. python benchmarks/load.py [--pairs 15] [--place /dev/shm] [--json FILE]
+    python -m benchmarks.load [--pairs 15] [--place /dev/shm] [--json FILE]
 
 Everything is in the page cache and the tensors are there before the clock starts. Each number is a ratio of
 interleaved pairs in one run. Bytes read are counted at ``preadv``, through which all our reads go.
@@ -22,23 +22,20 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import typer
-from rich.console import Console
-from rich.table import Table
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks.harness import (
     Work,
-    as_dict,
     interleave,
     llama_shapes,
-    machine,
     rank,
     ratio,
     scratch,
     tensor_bytes,
     training_state,
 )
+from benchmarks.table import Row, publish, row
 from tailor_dcp import LayerwisePlanner, LayerwiseReader, LayerwiseWriter
 from tailor_dcp.raw_blobs import HEAD, plain
 from tailor_dcp.tensors import raw_bytes
@@ -60,41 +57,23 @@ def main(
         _two_ranks(pairs, place)
         return
     with scratch(str(place)) as folder:
-        rows = {**_one_rank(folder, pairs), **_resharded(folder, pairs)}
-    _show(rows, pairs)
-    if out:
-        out.write_text(json.dumps({"machine": machine(), "bytes": tensor_bytes(SHAPES), "rows": rows}, indent=2) + "\n")
-    if not all(row["holds"] for row in rows.values()):
-        sys.exit(1)
+        rows = [*_one_rank(folder, pairs), *_resharded(folder, pairs)]
+    publish(f"Loading {tensor_bytes(SHAPES) / 1e9:.2f} GB, {pairs} pairs", rows, out)
 
 
-def _row(ours: list[float], theirs: list[float], beside: str, bar: float, read: float | None = None) -> dict[str, Any]:
+def _row(work: str, ours: list[float], theirs: list[float], beside: str, bar: float) -> Row:
     """Return a row: how many times as fast we are."""
-    found = ratio(theirs, ours)
-    holds = found.median >= bar and (read is None or read <= 1.05)
-    return {"beside": beside, "speed": as_dict(found), "bar": bar, "read / needed": read, "holds": holds}
+    return row(work, beside, "speed", ratio(theirs, ours), bar, at_least=True)
 
 
-def _show(rows: dict[str, Any], pairs: int) -> None:
-    table = Table(title=f"loading {tensor_bytes(SHAPES) / 1e9:.2f} GB, {pairs} pairs", title_justify="left")
-    for column in ("work", "beside", "its time / our time  [95 %]", "bar", "bytes read / needed"):
-        table.add_column(column)
-    for name, row in rows.items():
-        speed, read = row["speed"], row["read / needed"]
-        table.add_row(
-            f"{name}{'' if row['holds'] else '  MISSED'}",
-            row["beside"],
-            f"{speed['median']:.2f}  [{speed['low']:.2f}, {speed['high']:.2f}]",
-            f"{row['bar']:g}",
-            "" if read is None else f"{read:.3f}",
-        )
-    Console(width=120).print(table)
+def _read_row(work: str, read: float) -> Row:
+    return row(work, "the bytes needed", "bytes read", read, 1.05)
 
 
 # One rank ----------------------------------------------------------------------------------
 
 
-def _one_rank(folder: Path, pairs: int) -> dict[str, Any]:
+def _one_rank(folder: Path, pairs: int) -> list[Row]:
     state = training_state(SHAPES)
     full, last = folder / "full" / "step-1", folder / "run" / f"step-{STEPS}"
     dcp.save(state, checkpoint_id=full)
@@ -121,14 +100,16 @@ def _one_rank(folder: Path, pairs: int) -> dict[str, Any]:
     needed = sum(t.numel() * t.element_size() for t in layer["model"].values())
     with _counted() as count:
         works["layer"]()
-    return {
-        "same world size": _row(times["ours"], times["stock"], "stock", 5),
-        "same world size, bytes alone": _row(times["ours"], times["preadv"], "preadv", 0.8),
-        "verify=True": _row(times["verify"], times["stock"], "stock", 1),
-        "atomic=True": _row(times["atomic"], times["ours"], "the fast load", 0.5),
-        f"a composite over {STEPS} steps": _row(times["composite"], times["ours"], "a full checkpoint", 0.95),
-        "one layer": _row(times["layer"], times["layer, stock"], "stock", 5, count[0] / needed),
-    }
+    return [
+        _row("same world size", times["ours"], times["stock"], "stock", 5),
+        _row("same world size, bytes alone", times["ours"], times["preadv"], "preadv", 0.8),
+        row("what bare preadv can do", "stock", "speed", ratio(times["stock"], times["preadv"])),
+        _row("verify=True", times["verify"], times["stock"], "stock", 1),
+        _row("atomic=True", times["atomic"], times["ours"], "the fast load", 0.5),
+        _row(f"a composite over {STEPS} steps", times["composite"], times["ours"], "a full checkpoint", 0.95),
+        _row("one layer", times["layer"], times["layer, stock"], "stock", 5),
+        _read_row("one layer", count[0] / needed),
+    ]
 
 
 def _bare(state: dict[str, Any], folder: Path) -> Work:
@@ -188,7 +169,7 @@ def _counted() -> Iterator[list[int]]:
 # Two ranks ---------------------------------------------------------------------------------
 
 
-def _resharded(folder: Path, pairs: int) -> dict[str, Any]:
+def _resharded(folder: Path, pairs: int) -> list[Row]:
     """Save with two ranks and load with one, and the reverse."""
     one, two = folder / "one", folder / "two"
     state = training_state(SHAPES)
@@ -203,9 +184,13 @@ def _resharded(folder: Path, pairs: int) -> dict[str, Any]:
     times = interleave(works, pairs, lambda: None)
     with _counted() as count:
         works["ours"]()
-    row = _row(times["ours"], times["stock"], "stock", 5, count[0] / tensor_bytes(SHAPES))
     found = json.loads((folder / "one-to-two.json").read_text())
-    return {"1 -> 2 ranks": _row(found["ours"], found["stock"], "stock", 5, found["read"]), "2 -> 1 ranks": row}
+    return [
+        _row("1 -> 2 ranks", found["ours"], found["stock"], "stock", 5),
+        _read_row("1 -> 2 ranks", found["read"]),
+        _row("2 -> 1 ranks", times["ours"], times["stock"], "stock", 5),
+        _read_row("2 -> 1 ranks", count[0] / tensor_bytes(SHAPES)),
+    ]
 
 
 def _two_ranks(pairs: int, folder: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 
 from tailor_dcp import lineage
 from tests.support.fleet import Fleet
+from tests.support.stores import S3
 
 _LONG = bool(os.environ.get("TAILOR_TEST_LONG"))
 settings.register_profile(
@@ -42,3 +43,11 @@ def stock_fleet() -> Iterator[Fleet]:
     workers = Fleet(2, stock=True)
     yield workers
     workers.close()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    """An S3 server of our own, which fsspec is configured to use."""
+    server = S3()
+    yield server
+    server.close()

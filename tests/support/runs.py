@@ -79,7 +79,7 @@ class Run:
     def load(self, step: int | str | Path) -> dict[str, Any]:
         """Load with torch alone; the training state then descends from there."""
         target = state(self.model, 0, None, empty=True)
-        dcp.load(target, checkpoint_id=step if isinstance(step, Path) else self.path(step))
+        dcp.load(target, checkpoint_id=self.path(step) if isinstance(step, int | str) else step)
         return flat(target)
 
     def steps_of(self, step: int | str | Path) -> dict[str, int]:

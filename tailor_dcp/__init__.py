@@ -19,6 +19,7 @@ from tailor_dcp.open_checkpoint import open_checkpoint
 from tailor_dcp.planner import LayerwisePlanner
 from tailor_dcp.prune import prune
 from tailor_dcp.reader import LayerwiseReader
+from tailor_dcp.report import report
 from tailor_dcp.runs import latest
 from tailor_dcp.simulate import simulate
 from tailor_dcp.state import TrainState
@@ -46,6 +47,7 @@ __all__ = [
     "merge",
     "open_checkpoint",
     "prune",
+    "report",
     "simulate",
 ]
 

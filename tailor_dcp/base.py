@@ -20,6 +20,7 @@ from tailor_dcp.metadata.record import Origin, Record, record_of, save_id_of
 from tailor_dcp.metadata.safe_pickle import read
 from tailor_dcp.raw_stretch import is_raw
 from tailor_dcp.selection import Holdings
+from tailor_dcp.store_path import place
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,22 @@ class Base:
 
     def path(self, name: str) -> Path:
         """Return where the file of a name is."""
-        return self.files.get(name) or self.location.folder / name
+        return self.files.get(name) or self._moved(name) or self.location.folder / name
+
+    def _moved(self, name: str) -> Path | None:
+        """Return where a file is that an absolute key names, if the run is no longer where it was saved."""
+        old, run = self._run_when_saved, self.location.run
+        if not name.startswith(f"{old}/") or (is_url(run) and old == f"/{run.relative_to(run.parents[-1])}"):
+            return None
+        return run / name[len(old) + 1 :]
+
+    @cached_property
+    def _run_when_saved(self) -> str:
+        """The absolute key that the run had in its store when this was saved; no such thing where it was on a disk."""
+        meta = self.metadata.storage_meta
+        where = str(meta.checkpoint_id or "") if meta else ""
+        # Arithmetic alone: the run may be on a disk by now, and its store out of reach.
+        return str(locate(f"/{where.partition('://')[2].strip('/')}").run) if is_url(where) else "\0"
 
     @cached_property
     def origin(self) -> Origin:
@@ -122,9 +138,13 @@ def check_explicit(folder: str | os.PathLike[str]) -> None:
     Raises:
         BaseError: naming the folder and the way out.
     """
-    if is_url(folder):
-        raise BaseError(f"base={str(folder)!r} is on an object store; only local folders can be carried from.")
-    if stamp_of(Path(folder)) is None:
+    try:
+        (place(folder) / METADATA).stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise BaseError(f"base={str(folder)!r} cannot be read: {error.strerror}.") from error
+    if stamp_of(folder) is None:
         raise BaseError(
             f"base={str(folder)!r} is not a committed checkpoint: it has no {METADATA}. Give a complete "
             f'checkpoint\'s folder, or base="auto" to write everything where there is nothing to carry from.'
@@ -152,7 +172,7 @@ def find(chain: Chain, target: Location) -> Base | None:
     It never raises: ``base="auto"`` must not stop training. What is unusable is said in a warning.
     """
     # An asynchronous save is noted as asked for before it is planned: it is no ancestor of its own.
-    chain = tuple(a for a in chain if a.asked is None or not same_folder(Path(a.folder), target.folder))
+    chain = tuple(a for a in chain if a.asked is None or not same_folder(place(a.folder), target.folder))
     for ancestor in chain:
         for folder in _places(ancestor, target):
             base = _open_ancestor(ancestor, folder)
@@ -170,7 +190,7 @@ def find(chain: Chain, target: Location) -> Base | None:
 
 def _places(ancestor: Ancestor, target: Location) -> Iterator[Path]:
     """Where an ancestor can be: beside the target, also in a run that was moved or copied, or where it was saved."""
-    folder = Path(ancestor.folder)
+    folder = place(ancestor.folder)
     beside = target.sibling(folder)
     yield beside
     if beside != folder:

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from tailor_dcp.location import Location, is_within
+from tailor_dcp.location import Location, is_within, real
 from tailor_dcp.metadata.record import CarryMode
 from tailor_dcp.ranges import copy_range
+from tailor_dcp.stores import copy_object, is_remote, same_store, sizes
 
 CARRIED = "carried"
 """The sub-folder that holds earlier files, one folder for each save that wrote some."""
@@ -28,10 +29,12 @@ class Source(NamedTuple):
     Attributes:
         save_id: the save that wrote it.
         size: how many bytes it must at least have.
+        path: where it is; None for where its name says.
     """
 
     save_id: str
     size: int
+    path: Path | None = None
 
 
 @dataclass
@@ -62,10 +65,10 @@ def place(files: Mapping[str, Source], base: Location, target: Location, mode: C
     """
     placement = Placement()
     touched: set[Path] = set()
-    for name, source in files.items():
-        path = Path(os.path.normpath(Path(os.path.realpath(base.folder), name)))
+    paths = [_path(name, source, base) for name, source in files.items()]
+    for (name, source), path, size in zip(files.items(), paths, sizes(paths), strict=True):
         try:
-            _check(path, base, source)
+            _check(path, base, source, size)
             new = _MODES[mode](path, target, source)
         except OSError as error:
             error.filename = str(path)
@@ -94,12 +97,18 @@ def prune_empty(carried: Path) -> None:
             place_.rmdir()
 
 
-def _check(path: Path, base: Location, source: Source) -> None:
+def _path(name: str, source: Source, base: Location) -> Path:
+    path = source.path or base.folder / name
+    return real(path.parent) / path.name
+
+
+def _check(path: Path, base: Location, source: Source, size: int | None) -> None:
     if not _SAVE_ID.fullmatch(source.save_id):
         raise OSError(errno.EPERM, f"{source.save_id!r} is no save id")
     if not is_within(path, base.run):
         raise OSError(errno.EPERM, "it lies outside the run's folder")
-    size = path.stat().st_size
+    if size is None:
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
     if size < source.size:
         raise OSError(errno.EIO, f"it has {size} bytes where {source.size} are needed")
 
@@ -116,6 +125,11 @@ def _link(path: Path, target: Location, source: Source) -> str:
 
 def _copy(path: Path, target: Location, source: Source) -> str:
     new = _carried_path(path, target, source)
+    if is_remote(new):
+        if not same_store(path, new):
+            raise OSError(errno.EXDEV, "it is in another store")
+        copy_object(path, new)
+        return new.relative_to(target.folder).as_posix()  # type: ignore[no-any-return]
     partial = new.with_name(f"{new.name}.partial")
     try:
         with path.open("rb") as old, partial.open("wb") as stream:
@@ -130,6 +144,8 @@ def _copy(path: Path, target: Location, source: Source) -> str:
 def _refer(path: Path, target: Location, source: Source) -> str:
     if not is_within(path, target.run):
         raise OSError(errno.EPERM, f"a reference must stay inside the run {target.run}")
+    if is_remote(path):
+        return path.absolute_key
     # ``..`` of a symbolic link leads to where it points, and such a link may point elsewhere tomorrow.
     return Path(os.path.relpath(os.path.realpath(path), os.path.realpath(target.folder))).as_posix()
 
@@ -149,7 +165,7 @@ def _carried_path(path: Path, target: Location, source: Source) -> Path:
 
 def _make_durable(folders: set[Path], root: Path) -> None:
     """Force new names to the disk: ``.metadata`` must never outlive what it names."""
-    if folders:
+    if folders and not is_remote(root):
         for folder in (*folders, root / CARRIED, root, root.parent):
             sync_folder(folder)
 

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import os
-import pickle
 from contextlib import suppress
 from pathlib import Path
 
 from torch.distributed.checkpoint.metadata import Metadata
 
 from tailor_dcp.carry import sync_folder
-from tailor_dcp.collector import collector_off
 from tailor_dcp.location import METADATA
+from tailor_dcp.metadata.pickle_writer import dump, dumps
+from tailor_dcp.stores import is_remote
 
 
 def commit(metadata: Metadata, folder: Path) -> None:
-    """Write a folder's ``.metadata``, complete or not at all, once everything that it names is on the disk."""
+    """Write a folder's ``.metadata``, complete or not at all, once everything that it names is on the disk.
+
+    In an object store it is put when everything else is there; objects appear as a whole, so nothing is renamed.
+    """
+    if is_remote(folder):
+        (folder / METADATA).write_bytes(dumps(metadata))
+        return
     partial = folder / f"{METADATA}.tmp"
-    with collector_off(), partial.open("wb") as stream:
-        pickle.dump(metadata, stream)
+    with partial.open("wb") as stream:
+        dump(metadata, stream)
         stream.flush()
         os.fsync(stream.fileno())
     sync_folder(folder)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from tailor_dcp.errors import TailorError
+from tailor_dcp.stores import is_remote
 
 FOLDER = "hf"
 
@@ -35,7 +36,10 @@ def give_files(files: Mapping[str, Path], folder: Path) -> None:
             continue
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+            if is_remote(source) or is_remote(target):
+                target.write_bytes(source.read_bytes())
+            else:
+                shutil.copyfile(source, target)
         except OSError as error:
             raise TailorError(f"{source} cannot be carried along: {error.strerror}.") from error
 

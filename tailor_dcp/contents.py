@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +13,10 @@ from tailor_dcp.errors import DamagedSourceError, LoadError
 from tailor_dcp.file_marks import mark_of
 from tailor_dcp.inspection import unit_records
 from tailor_dcp.layers import Entry, LayerMap
-from tailor_dcp.location import is_within
+from tailor_dcp.location import is_within, real
 from tailor_dcp.metadata.compose import shape_of
 from tailor_dcp.metadata.record import UnitRecord
+from tailor_dcp.stores import sizes
 from tailor_dcp.units import Unit
 
 
@@ -88,13 +88,13 @@ class Contents:
         """
         name = info.relative_path
         if name not in self._paths:
-            path, run = self.folder / name, self.base.location.run
+            path, run = self.base.path(name), self.base.location.run
             if not is_within(path, run):
                 raise LoadError(
                     f"{self.folder} refers to the file {name}, which lies outside of its run {run}, so it was not "
                     f"opened; use a checkpoint whose files lie inside of the run."
                 )
-            self._paths[name] = Path(os.path.realpath(path))
+            self._paths[name] = real(path)
         return self._paths[name]
 
     def check_files(self, blobs: Iterable[tuple[str, _StorageInfo]]) -> None:
@@ -113,15 +113,12 @@ class Contents:
             end = info.offset + info.length
             if end > ends.get(info.relative_path, (-1, "", info))[0]:
                 ends[info.relative_path] = (end, key, info)
-        for end, key, info in ends.values():
-            self._check_file(self.file(info), end, key)
+        found = sizes([self.file(info) for _, _, info in ends.values()])
+        for (end, key, info), size in zip(ends.values(), found, strict=True):
+            self._check_file(self.file(info), size, end, key)
             self._check_mark(info, key)
 
-    def _check_file(self, path: Path, end: int, key: str) -> None:
-        try:
-            size = path.stat().st_size if path.is_file() else None
-        except OSError:
-            size = None
+    def _check_file(self, path: Path, size: int | None, end: int, key: str) -> None:
         if size is not None and size >= end:
             return
         state = "is missing" if size is None else f"has {size} bytes where at least {end} are needed"

@@ -13,7 +13,7 @@ from tailor_dcp.carry import Placement, Source
 from tailor_dcp.errors import BaseError, TailorWarning
 from tailor_dcp.layers import LayerMap
 from tailor_dcp.location import Location
-from tailor_dcp.metadata.compose import StorageData, file_sizes, rebase
+from tailor_dcp.metadata.compose import StorageData, file_sizes, rebase, shape_of
 from tailor_dcp.metadata.record import CarryMode, Origin
 from tailor_dcp.policies import Full, Policy, SaveRequest
 from tailor_dcp.selection import Holdings, State, ask, complete, held, make_request
@@ -80,7 +80,7 @@ def decide(state: State, base: Base | None, target: Location, rules: Rules, pres
     holdings = base.holdings() if base and mode else Holdings()
     available = held(state, holdings)
     index = base.origin.nth + 1 if base else 0
-    request = make_request(state, available, target.step, index, rules.layers)
+    request = make_request(state, available, target.step, index, rules.layers, rules.policy, _rate(base))
     full = rules.full_every is not None and index % rules.full_every == 0
     due = ask(rules.policy, request, state, available.keys(), full)
     if base and mode and not full and base.linked:
@@ -93,6 +93,16 @@ def decide(state: State, base: Base | None, target: Location, rules: Rules, pres
     origins = {unit: origin for unit, origin in available.items() if unit not in due}
     blobs = (blob for unit in origins for key in state.units[unit] for blob in base.blobs[key])
     return Decision(request, due, mode, origins, rebase(blobs, paths), paths)
+
+
+def _rate(base: Base | None) -> float | None:
+    """Return the bytes per second of the base's own save, from its planning to its commit."""
+    record = base.record if base else None
+    if base is None or record is None or not record.seconds:
+        return None
+    own = (key for held in record.units.values() if held.origin.save_id == record.save_id for key in held.keys)
+    entries = base.metadata.state_dict_metadata
+    return sum(shape_of(entries[key]).bytes for key in own) / record.seconds or None
 
 
 def _mode(base: Base | None, rules: Rules) -> CarryMode | None:
@@ -147,7 +157,7 @@ def _files(state: State, base: Base, due: set[Unit], available: Mapping[Unit, Or
         for name, size in file_sizes(blob for key in state.units[unit] for blob in base.blobs[key]).items():
             known = files.get(name)
             if known is None or known.size < size:
-                files[name] = Source(origin.save_id, size)
+                files[name] = Source(origin.save_id, size, base.path(name))
     return files
 
 

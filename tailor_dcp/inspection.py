@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tailor_dcp.base import Base, open_base
+from tailor_dcp.collector import collector_off
 from tailor_dcp.errors import DamagedSourceError, NoCheckpointError
 from tailor_dcp.file_marks import mark_of
 from tailor_dcp.layers import LayerMap
@@ -17,6 +18,8 @@ from tailor_dcp.metadata.compose import file_sizes, shape_of, unstored
 from tailor_dcp.metadata.record import Origin, UnitRecord
 from tailor_dcp.raw_stretch import is_raw
 from tailor_dcp.runs import latest
+from tailor_dcp.store_path import place
+from tailor_dcp.stores import sizes as sizes_of
 from tailor_dcp.units import Unit
 
 OTHER = Unit("(training state)", "other")
@@ -100,6 +103,7 @@ class Inspection:
         return {**asdict(self), "stalest": self.stalest}
 
 
+@collector_off()
 def inspect(path: str | os.PathLike[str]) -> Inspection:
     """Look into a checkpoint's metadata; no tensor is read as such and nothing is executed.
 
@@ -107,11 +111,12 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         NoCheckpointError: the folder holds no committed checkpoint.
         UnreadableMetadataError: its ``.metadata`` is damaged or hostile.
     """
-    folder = Path(path)
+    folder = place(path)
     if not (folder / METADATA).exists():
         raise NoCheckpointError(_what_instead(folder))
     base = open_base(folder)
-    sizes = {name: _size(folder / name) for name in {i.relative_path for i in base.metadata.storage_data.values()}}
+    names = sorted({info.relative_path for info in base.metadata.storage_data.values()})
+    sizes = dict(zip(names, sizes_of([base.path(name) for name in names]), strict=True))
     needed = file_sizes(base.metadata.storage_data.items())
     # Tied weights may share their bytes.
     live = sum({(i.relative_path, i.offset): i.length for i in base.metadata.storage_data.values()}.values())
@@ -189,19 +194,12 @@ def _written(base: Base) -> int:
 
 def _changed(name: str, base: Base) -> bool:
     mark = base.record.marks.get(name) if base.record else None
-    if mark is None or not is_within(base.location.folder / name, base.location.run):
+    if mark is None or not is_within(base.path(name), base.location.run):
         return False
     try:
-        return mark_of(base.location.folder / name) != mark
+        return mark_of(base.path(name)) != mark
     except DamagedSourceError:
         return True
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None
 
 
 def _what_instead(folder: Path) -> str:

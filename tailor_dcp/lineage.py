@@ -8,6 +8,7 @@ that filled it, so a folder that was saved again is no ancestor any more.
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 import uuid
@@ -17,10 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tailor_dcp import dcp_events
-from tailor_dcp.location import METADATA, Location, is_url, locate
+from tailor_dcp.errors import TailorError
+from tailor_dcp.location import METADATA, Location, locate
+from tailor_dcp.store_path import place
 
 Stamp = tuple[int, int, int]
-"""Inode, modification time in ns and size of a ``.metadata``: the same stamp, the same content."""
+"""Inode, modification time in ns and size of a ``.metadata``: the same stamp, the same content.
+
+Of an object, what stands for the inode changes whenever it is put anew.
+"""
 
 _LONGEST_CHAIN = 8  # a save whose eight last ancestors are all gone writes everything
 
@@ -120,11 +126,11 @@ _generation = 0
 _reading: dict[str, Stamp | None] = {}
 
 
-def stamp_of(folder: str | Path) -> Stamp | None:
+def stamp_of(folder: str | os.PathLike[str]) -> Stamp | None:
     """Return the stamp of a folder's ``.metadata``, None if it is not committed."""
     try:
-        status = (Path(folder) / METADATA).stat()
-    except OSError:
+        status = (place(folder) / METADATA).stat()
+    except (OSError, TailorError):
         return None
     return (status.st_ino, status.st_mtime_ns, status.st_size)
 
@@ -189,15 +195,23 @@ def generation() -> int:
     return _generation
 
 
+def _located(checkpoint_id: str | None) -> Location | None:
+    """Return where a checkpoint is; None where DCP tells none, or one that only DCP can reach."""
+    try:
+        return None if checkpoint_id is None else locate(checkpoint_id)
+    except TailorError:
+        return None
+
+
 def _reading_starts(checkpoint_id: str | None) -> None:
     """From here on the training state is being overwritten: what was known no longer holds."""
     global _generation
     with _lock:
         _generation += 1
-        if checkpoint_id is None or is_url(checkpoint_id):
+        here = _located(checkpoint_id)
+        if here is None or checkpoint_id is None:
             _branches.clear()
             return
-        here = locate(checkpoint_id)
         for key, branch in list(_branches.items()):
             # Accelerate loads one step's checkpoint as several series, one after another.
             if branch.loaded_from != (here.run, here.step) or key == (here.run, here.series):
@@ -206,9 +220,9 @@ def _reading_starts(checkpoint_id: str | None) -> None:
 
 
 def _reading_ends(checkpoint_id: str | None) -> None:
-    if checkpoint_id is None or is_url(checkpoint_id):
+    here = _located(checkpoint_id)
+    if here is None or checkpoint_id is None:
         return
-    here = locate(checkpoint_id)
     with _lock:
         before, after = _reading.pop(checkpoint_id, None), stamp_of(checkpoint_id)
         if after is not None and after == before:
@@ -218,9 +232,9 @@ def _reading_ends(checkpoint_id: str | None) -> None:
 
 def _asked_to_save(checkpoint_id: str | None) -> None:
     """Note an asynchronous save in the trainer: the process that makes it may not be this one."""
-    if checkpoint_id is None or is_url(checkpoint_id):
+    here = _located(checkpoint_id)
+    if here is None:
         return
-    here = locate(checkpoint_id)
     asked = Ancestor(str(here.folder), asked=time.time())
     with _lock:
         known = _branches.get((here.run, here.series))

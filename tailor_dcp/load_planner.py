@@ -27,11 +27,12 @@ from tailor_dcp.entries import load_entry
 from tailor_dcp.errors import LoadError
 from tailor_dcp.load_checks import check_form, check_places, check_whole
 from tailor_dcp.load_sources import Chosen, Selector, Source, Wishes, choose, selectors
-from tailor_dcp.location import METADATA, is_url, locate, same_folder
+from tailor_dcp.location import METADATA, locate, real, same_folder
 from tailor_dcp.metadata.compose import chunk_shape
 from tailor_dcp.metadata.record import record_of, save_id_of
 from tailor_dcp.names import close, listed
 from tailor_dcp.raw_stretch import Described, is_raw
+from tailor_dcp.store_path import StorePath, place
 
 Reads = dict[str, tuple[Source, list[ReadItem]]]
 
@@ -65,7 +66,7 @@ class LayerwiseLoadPlanner(DefaultLoadPlanner):
         """Choose what to load.
 
         Args:
-            checkpoint: the folder that is being loaded.
+            checkpoint: the folder, or the URL, that is being loaded.
             layers: globs of layer names, with alternatives such as ``model.layers.{8,9}``. Only the weights and
                 optimizer states of these layers are loaded; all else in the state dict stays as it is, steps,
                 schedulers and other entries that belong to no layer included. None loads everything.
@@ -83,9 +84,7 @@ class LayerwiseLoadPlanner(DefaultLoadPlanner):
             LoadError: the options make no sense by themselves.
         """
         super().__init__()
-        if is_url(checkpoint):
-            raise LoadError(f"{checkpoint} is on an object store; LayerwiseLoadPlanner loads local folders only.")
-        self.checkpoint = Path(checkpoint)
+        self.checkpoint = place(checkpoint)
         self.wishes = _wishes(layers, steps, rename)
         self.cast = cast
         self._chosen = Chosen({}, (), set())
@@ -170,13 +169,13 @@ class LayerwiseLoadPlanner(DefaultLoadPlanner):
 
         Nothing that was there is changed, so that metadata which a reader keeps can be used again.
         """
-        here = os.path.realpath(own.folder)
+        here = real(own.folder)
         others = {}
         for entry, items in reads.values():
             if entry.contents is not own:
                 for item in items:
                     info = places[item.storage_index]
-                    path = os.path.relpath(entry.contents.file(info), here)
+                    path = _seen_from(entry.contents.file(info), here)
                     others[item.storage_index] = _moved(info, path, item, entry)
         if others:
             metadata.storage_data = {**metadata.storage_data, **others}
@@ -184,7 +183,7 @@ class LayerwiseLoadPlanner(DefaultLoadPlanner):
     def _check_folder(self) -> None:
         call = dcp_events.current_call()
         loading = call.checkpoint_id if call is not None and call.name == "load" else None
-        if loading is not None and not is_url(loading) and not same_folder(Path(loading), self.checkpoint):
+        if loading is not None and not same_folder(place(loading), self.checkpoint):
             raise LoadError(
                 f"The planner was made for {self.checkpoint}, but {loading} is being loaded; give both one folder."
             )
@@ -219,6 +218,11 @@ def _items(key: str, value: Any, source: Source, own: Contents) -> list[ReadItem
     items: list[ReadItem] = _create_read_items(name, source.stored, value)
     check_whole(key, value, source, items)
     return [replace(item, dest_index=replace(item.dest_index, fqn=key)) for item in items]
+
+
+def _seen_from(path: Path, folder: Path) -> str:
+    """Return what a file is called in another checkpoint's metadata."""
+    return path.absolute_key if isinstance(path, StorePath) else os.path.relpath(path, folder)
 
 
 def _moved(info: _StorageInfo, path: str, item: ReadItem, entry: Source) -> _StorageInfo:

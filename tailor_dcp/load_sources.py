@@ -225,9 +225,9 @@ def folder_at(here: Location, step: int) -> Path:
     """
     found: dict[int, list[Path]] = {}
     for child in sorted(here.run.iterdir()):
-        place = locate(child / here.series if here.series else child)
-        if place.step is not None and place.series == here.series and (place.folder / METADATA).exists():
-            found.setdefault(place.step, []).append(place.folder)
+        other = locate(child / here.series if here.series else child)
+        if other.step is not None and other.series == here.series and (other.folder / METADATA).exists():
+            found.setdefault(other.step, []).append(other.folder)
     folders = found.get(step, [])
     style = re.sub(r"\d+", str(step), here.name.partition("/")[0])
     alike = [folder for folder in folders if folder.relative_to(here.run).parts[0] == style]

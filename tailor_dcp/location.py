@@ -7,6 +7,19 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from tailor_dcp.store_path import StorePath, is_url, place
+
+__all__ = [
+    "DEEPEST_SERIES",
+    "METADATA",
+    "Location",
+    "is_url",
+    "is_within",
+    "locate",
+    "real",
+    "same_folder",
+]
+
 DEEPEST_SERIES = 2
 """Folders between a step's and its checkpoints: higher up, a number is somebody's home, not a step."""
 
@@ -21,7 +34,7 @@ class Location:
     """A checkpoint's place in its run.
 
     Attributes:
-        folder: the checkpoint's absolute path.
+        folder: the checkpoint's absolute path, or its address on an object store.
         run: the folder whose sub-folders are the checkpoints of one training run.
         step: the training step that the folder's name tells, None if it tells none.
         series: what lies between the step's folder and the checkpoint (``optimizer_0`` in
@@ -43,31 +56,38 @@ class Location:
         return self.run / locate(folder).name
 
 
-def is_url(checkpoint_id: str | os.PathLike[str]) -> bool:
-    """Tell an object store's address from a local path."""
-    return "://" in os.fspath(checkpoint_id)
-
-
 def locate(checkpoint_id: str | os.PathLike[str]) -> Location:
     """Find run, step and series of a checkpoint folder from its name.
 
     The step is the integer of the nearest folder name of the form ``step-N``,
     ``checkpoint-N`` or ``global_stepN`` (any of ``-_=`` or nothing between), or all digits.
     """
-    folder = Path(os.path.abspath(checkpoint_id))  # noqa: PTH100 - resolve() would lose the step's name
-    for place in (folder, *list(folder.parents)[:DEEPEST_SERIES]):
-        found = _STEP_NAME.fullmatch(place.name)
+    folder = _absolute(place(checkpoint_id))
+    for above in (folder, *list(folder.parents)[:DEEPEST_SERIES]):
+        found = _STEP_NAME.fullmatch(above.name)
         if found:
-            series = folder.relative_to(place).as_posix()
-            return Location(folder, place.parent, int(found[1]), "" if series == "." else series)
+            series = folder.relative_to(above).as_posix()
+            return Location(folder, above.parent, int(found[1]), "" if series == "." else series)
     return Location(folder, folder.parent, None, "")
+
+
+def _absolute(path: Path) -> Path:
+    if isinstance(path, StorePath):
+        return path.resolve()
+    return Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would lose the step's name
+
+
+def real(path: str | os.PathLike[str]) -> Path:
+    """Return what a path leads to once every ``..`` and, on a disk, every symbolic link is resolved."""
+    found = place(path)
+    return found.resolve() if isinstance(found, StorePath) else Path(os.path.realpath(found))
 
 
 def same_folder(a: Path, b: Path) -> bool:
     """Tell whether two paths lead to one folder, symbolic links followed."""
-    return os.path.realpath(a) == os.path.realpath(b)
+    return real(a) == real(b)
 
 
 def is_within(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> bool:
     """Tell whether ``path`` lies inside ``root`` once every ``..`` and symbolic link is resolved."""
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+    return real(path).is_relative_to(real(root))

@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 
 from tailor_dcp.base import Base, open_base
-from tailor_dcp.blob_copier import BlobCopier, DamagedCheckpointError, Stretch, stretch_of
-from tailor_dcp.carry import sync_folder
-from tailor_dcp.commit import commit
-from tailor_dcp.companions import files_of, put_files
+from tailor_dcp.blob_copier import BlobCopier, DamagedCheckpointError, Source, Tally, unreadable
+from tailor_dcp.companions import files_of
 from tailor_dcp.errors import TailorError, UnreadableMetadataError
+from tailor_dcp.frames import frame
 from tailor_dcp.inspection import unit_records
+from tailor_dcp.layout import Blob, NewFile, Plan, Stretch, lay_out
 from tailor_dcp.lineage import new_save_id
-from tailor_dcp.location import METADATA, is_url, is_within
-from tailor_dcp.metadata.compose import StorageData, unstored
+from tailor_dcp.location import METADATA, is_within
+from tailor_dcp.metadata.compose import StorageData, chunk_shape, unstored
 from tailor_dcp.metadata.record import ATTRIBUTE, Record
-from tailor_dcp.ranges import Advance
+from tailor_dcp.new_folder import MaterializeError, NewFolder, new_folder, opened
+from tailor_dcp.ranges import Advance, ends
+from tailor_dcp.ranks import Ranks
 from tailor_dcp.raw_stretch import bytes_of, is_raw
+from tailor_dcp.stores import is_remote, place, same_store, sizes
 
 LARGEST_FILE = 4 << 30
 """Bytes after which a new file is begun; a blob is never split."""
+_THREADS = 4
 
+Progress = Callable[[int, int], None]
+_T = TypeVar("_T")
 
-__all__ = ["DamagedCheckpointError", "MaterializeError", "Materialized", "materialize"]
-
-
-class MaterializeError(TailorError, ValueError):
-    """The copy cannot be made as it is asked for."""
+__all__ = ["DamagedCheckpointError", "MaterializeError", "Materialized", "materialize", "new_folder"]
 
 
 @dataclass(frozen=True)
@@ -66,32 +69,48 @@ def materialize(
     out: str | os.PathLike[str],
     verify: bool = True,
     largest_file: int = LARGEST_FILE,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
+    threads: int | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    no_dist: bool = False,
 ) -> Materialized:
     """Copy what a checkpoint needs into a folder that needs no other.
 
-    Only live bytes are copied, in the order of the state dict. The new checkpoint is a save of its
+    Only live bytes are copied, and what lies together in one go. The new checkpoint is a save of its
     own that remembers the origins; plain ``dcp.load`` reads it, also where the input is linked to another program's
     files: every raw stretch becomes a blob of DCP's. It appears under its name when it
-    is complete, and the input is never changed.
+    is complete, and the input is never changed. Either of both may be in an object store.
+
+    Locally the kernel copies (``copy_file_range``); where the file system can share blocks, or the store copy
+    objects, files that are live as a whole are copied so, and none of their bytes are moved.
+
+    Where ``torch.distributed`` is initialised all ranks must call this: each copies a part, and all return or raise
+    the same.
 
     Args:
-        checkpoint: the folder to copy from.
-        out: the folder to make; it must not exist.
-        verify: check each blob against its checksum where there is one, and note a checksum of each.
-            Without it bytes are copied inside the kernel, and known checksums are carried over.
+        checkpoint: the folder to copy from, or its URL.
+        out: the folder to make, or its URL; it must not exist.
+        verify: check each blob against its checksum, which the record of a ``LayerwiseWriter``'s save has, and
+            ``torch.save``'s archives have of each tensor; and note a checksum of each.
+            Without it no byte is looked at, and known checksums are carried over.
         largest_file: bytes after which a new file is begun.
-        progress: is told how many of how many bytes are done.
+        progress: is told how many of how many bytes are done; under several ranks, of this one's.
+        threads: that copy, each a file at a time; None for four, or as many as there are cores for each local rank.
+            Each takes up to 1 MiB of memory between local files, and some 100 MiB to or from a store.
+        process_group: the ranks that share the work, where these are not all.
+        no_dist: copy everything in this process, whatever ``torch.distributed`` is.
 
     Raises:
         MaterializeError: ``out`` exists, or cannot be written.
         NoCheckpointError: ``checkpoint`` is not committed.
         UnreadableMetadataError: its ``.metadata`` is damaged, or names files outside of its run.
         DamagedCheckpointError: a file is missing, too short or changed, or a checksum differs.
+        RankLostError: another rank is gone.
     """
-    target = new_folder(out)
-    base = open_base(Path(checkpoint))
-    return materialize_base(base, target, files_of(base.location.folder), verify, largest_file, progress)
+    ranks = Ranks(process_group, alone=no_dist)
+    return _materialize(
+        ranks, lambda: _asked(checkpoint, out), _Manner(verify, largest_file, threads or _cores(), progress)
+    )
 
 
 def materialize_base(
@@ -100,9 +119,9 @@ def materialize_base(
     companions: Mapping[str, Path],
     verify: bool = True,
     largest_file: int = LARGEST_FILE,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Materialized:
-    """Copy what a checkpoint needs that may so far be nowhere but in memory; see ``materialize``.
+    """Copy, in this process, what a checkpoint needs that may so far be nowhere but in memory; see ``materialize``.
 
     Args:
         base: the checkpoint.
@@ -112,57 +131,141 @@ def materialize_base(
         largest_file: see ``materialize``.
         progress: see ``materialize``.
     """
-    stretches = _stretches(base)
-    partial = target.with_name(f".{target.name}.materialize")
-    with _partial_folder(partial, target):
-        save_id = new_save_id()
-        copier = BlobCopier(base, partial, save_id, verify, largest_file, _advance(stretches, progress))
-        with closing(copier):
-            for stretch in stretches:
-                copier.copy(stretch)
-        put_files(companions, partial)
-        commit(_metadata(base, target, save_id, copier), partial)
-        partial.rename(target)
-        sync_folder(target.parent)
-    return Materialized(str(target), copier.bytes, copier.files, len(stretches), copier.checked)
+    manner = _Manner(verify, largest_file, _cores(), progress)
+    return _materialize(Ranks(alone=True), lambda: _Asked(base, target, companions), manner)
 
 
-def new_folder(out: str | os.PathLike[str]) -> Path:
-    """Return the absolute path of a folder that shall be made.
+class _Asked(NamedTuple):
+    """What is to be copied; only the first rank knows."""
+
+    base: Base
+    target: Path
+    companions: Mapping[str, Path]
+
+
+class _Manner(NamedTuple):
+    """How it is copied."""
+
+    verify: bool
+    largest_file: int
+    threads: int
+    progress: Progress | None
+
+
+class _Job(NamedTuple):
+    """What every rank is told.
+
+    Attributes:
+        target: the folder to make.
+        save_id: of what it holds.
+        files: each rank's, to write.
+        sources: the files that they are written from, by name.
+    """
+
+    target: Path
+    save_id: str
+    files: list[list[NewFile]]
+    sources: Mapping[str, Source]
+
+
+def _asked(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str]) -> _Asked:
+    target = _written(out, lambda: new_folder(out))
+    base = open_base(place(checkpoint))
+    return _Asked(base, target, files_of(base.location.folder))
+
+
+def _cores() -> int:
+    """Return how many threads are worth their while on this rank."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(_THREADS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _materialize(ranks: Ranks, asked: Callable[[], _Asked], manner: _Manner) -> Materialized:
+    """Copy with all ranks; the first one decides what, begins and commits."""
+    first = _First(ranks, asked, manner)
+    folder: NewFolder | None = None
+    try:
+        job = ranks.first(first.plan)
+        folder = first.folder or opened(job.target, job.save_id)
+        mine = job.files[ranks.rank]
+        advance = _advance(sum(new.size for new in mine), manner.progress)
+        copier = BlobCopier(job.sources, folder, manner.verify, advance)
+        tallies = ranks.each(lambda: _written(job.target, lambda: copier.copy(mine, manner.threads)))
+        return ranks.first(lambda: first.commit(tallies))
+    except BaseException:
+        discarded = first.folder or folder
+        if discarded is not None:
+            discarded.discard()
+        raise
+    finally:
+        if first.folder is not None:
+            first.folder.end()
+
+
+class _First:
+    """What the first rank does alone. ``folder`` is the one that it has begun."""
+
+    def __init__(self, ranks: Ranks, asked: Callable[[], _Asked], manner: _Manner) -> None:
+        self._ranks, self._ask, self._manner = ranks, asked, manner
+        self.folder: NewFolder | None = None
+
+    def plan(self) -> _Job:
+        """Check what can be checked, and deal the work."""
+        self._asked = self._ask()
+        base, target, _ = self._asked
+        blobs = _blobs(base)
+        sources = {name: _source(base, name) for name in dict.fromkeys(blob.stretch.file for blob in blobs)}
+        found = _checked_sizes(blobs, sources)
+        folder = opened(target, new_save_id())
+        self.folder = folder
+        _written(target, folder.begin)
+        whole = found if _written(target, lambda: folder.shares([one.path for one in sources.values()])) else {}
+        if is_remote(target):
+            whole = {name: size for name, size in whole.items() if same_store(sources[name].path, target)}
+        prefix = f"__{{rank}}_{folder.save_id[:8]}_"
+        blobs = [blob._replace(size=_size(blob.stretch)) for blob in blobs]
+        plan = Plan(prefix, self._ranks.count, self._manner.threads, self._manner.largest_file, whole)
+        self._job = _Job(target, folder.save_id, lay_out(blobs, plan), sources)
+        return self._job
+
+    def commit(self, tallies: Sequence[Tally]) -> Materialized:
+        """Make the checkpoint appear."""
+        base, target, companions = self._asked
+        assert self.folder is not None
+        tally = Tally()
+        for one in tallies:
+            tally.add(one)
+        files = [new for share in self._job.files for new in share]
+        metadata = _metadata(base, target, self.folder.save_id, files, tally.crcs)
+        folder = self.folder
+        _written(target, lambda: folder.commit(metadata, companions))
+        size, count = sum(new.size for new in files), sum(len(new.blobs) for new in files)
+        return Materialized(str(target), size, len(files), count, tally.checked)
+
+
+def _written(target: str | os.PathLike[str], do: Callable[[], _T]) -> _T:
+    """Do something that writes, and say so if it cannot.
 
     Raises:
-        MaterializeError: it exists, or is not local.
+        MaterializeError: naming the target.
     """
-    if is_url(out):
-        raise MaterializeError(f"{os.fspath(out)} is on an object store; only a local folder can be written.")
-    target = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link that lies there
-    if target.exists() or target.is_symlink():
-        raise MaterializeError(f"{target} exists already; name a folder that does not.")
-    return target
-
-
-@contextmanager
-def _partial_folder(partial: Path, target: Path) -> Iterator[None]:
-    """Make the folder that a copy grows in; nothing of it stays if the copy fails."""
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a copy that was killed
-        partial.mkdir(parents=True)
-        yield
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and not isinstance(error, TailorError):
-            raise MaterializeError(f"{target} cannot be written: {error.strerror or error}.") from error
-        raise
+        return do()
+    except OSError as error:
+        if isinstance(error, TailorError):
+            raise
+        raise MaterializeError(f"{os.fspath(target)} cannot be written: {error.strerror or error}.") from error
 
 
-def _advance(stretches: list[Stretch], progress: Callable[[int, int], None] | None) -> Advance:
-    total, done = sum(stretch.length for stretch in stretches), 0
+def _advance(total: int, progress: Progress | None) -> Advance:
+    done, lock = 0, threading.Lock()
 
     def advance(count: int) -> None:
         nonlocal done
-        done += count
-        if progress:
-            progress(done, total)
+        with lock:
+            done += count
+            if progress:
+                progress(min(done, total), total)  # frames are no part of what is copied
 
     return advance
 
@@ -170,8 +273,17 @@ def _advance(stretches: list[Stretch], progress: Callable[[int, int], None] | No
 # What to copy -----------------------------------------------------------------------------
 
 
-def _stretches(base: Base) -> list[Stretch]:
-    """Return the live bytes in the order of the state dict, each once.
+def stretch_of(index: MetadataIndex, info: _StorageInfo, metadata: Metadata) -> Stretch:
+    """Return where a chunk lies."""
+    lies = Stretch(info.relative_path, info.offset, info.length)
+    entry = metadata.state_dict_metadata.get(index.fqn)
+    if not is_raw(info) or not isinstance(entry, TensorStorageMetadata):
+        return lies
+    return lies._replace(shape=tuple(chunk_shape(index, entry)), dtype=entry.properties.dtype)
+
+
+def _blobs(base: Base) -> list[Blob]:
+    """Return the live bytes in the order of the state dict, each once; their sizes are still the stretches'.
 
     Raises:
         UnreadableMetadataError: they cannot be what a save has written.
@@ -182,36 +294,79 @@ def _stretches(base: Base) -> list[Stretch]:
         raise UnreadableMetadataError(f"{source} does not tell where {missing[0]} is stored; nothing was copied.")
     infos = [info for blobs in base.blobs.values() for _, info in blobs]
     for name in dict.fromkeys(info.relative_path for info in infos):
-        if name not in base.files and not is_within(base.location.folder / name, base.location.run):
+        if name not in base.files and not is_within(base.path(name), base.location.run):
             raise UnreadableMetadataError(
                 f"{source} names {name}, which lies outside of the run {base.location.run}; nothing was copied."
             )
-    stretches = list(
-        dict.fromkeys(stretch_of(index, info, base.metadata) for blobs in base.blobs.values() for index, info in blobs)
-    )
-    for one, other in pairwise(sorted(stretches, key=lambda stretch: stretch[:3])):
+    crcs = base.record.crcs if base.record else {}
+    found: dict[Stretch, Blob] = {}
+    for index, info in (pair for blobs in base.blobs.values() for pair in blobs):
+        stretch = stretch_of(index, info, base.metadata)
+        known = crcs.get(stretch.file, {}).get(stretch.offset)
+        found.setdefault(stretch, Blob(stretch, stretch.length, known, index.fqn))
+    for one, other in pairwise(sorted(found, key=lambda stretch: stretch[:3])):
         # Overlapping ones could make a small file fill a disk.
-        if one.file == other.file and one.offset + one.length > other.offset:
+        if one.file == other.file and one.end > other.offset:
             raise UnreadableMetadataError(
                 f"{source} places two entries in the same bytes of {one.file}; it is damaged."
             )
-    for stretch in stretches:
+    for stretch in found:
         told = bytes_of(stretch.shape, stretch.dtype) if stretch.shape is not None and stretch.dtype else None
-        if told is not None and (told != stretch.length or not told):
+        if stretch.offset < 0 or stretch.length < 0 or (told is not None and (told != stretch.length or not told)):
             raise UnreadableMetadataError(f"{source} tells two sizes of what is in {stretch.file}; it is damaged.")
-    return stretches
+    return list(found.values())
+
+
+def _source(base: Base, name: str) -> Source:
+    mark = base.record.marks.get(name) if base.record else None
+    return Source(base.path(name), mark, base.location.folder)
+
+
+def _checked_sizes(blobs: Sequence[Blob], sources: Mapping[str, Source]) -> dict[str, int]:
+    """Return the bytes of each file.
+
+    Raises:
+        DamagedCheckpointError: one is missing, or has fewer than are needed.
+    """
+    needed: dict[str, int] = {}
+    for blob in blobs:
+        needed[blob.stretch.file] = max(needed.get(blob.stretch.file, 0), blob.stretch.end)
+    found = dict(zip(sources, sizes([source.path for source in sources.values()]), strict=True))
+    checked = {}
+    for name, size in found.items():
+        path = sources[name].path
+        if size is None:
+            raise DamagedCheckpointError(f"{path} is missing, or is no file; use another checkpoint.")
+        if size < needed[name]:
+            raise unreadable(path, ends(size, needed[name]))
+        checked[name] = size
+    return checked
+
+
+def _size(stretch: Stretch) -> int:
+    """Return the bytes of the blob that a stretch becomes. Only of what is known to be there: a frame takes as much."""
+    if stretch.shape is None or stretch.dtype is None:
+        return stretch.length
+    before, after = frame(stretch.shape, stretch.dtype, 0)
+    return len(before) + stretch.length + len(after)
 
 
 # Writing it down --------------------------------------------------------------------------
 
 
-def _metadata(base: Base, target: Path, save_id: str, copier: BlobCopier) -> Metadata:
+def _metadata(
+    base: Base, target: Path, save_id: str, files: Sequence[NewFile], crcs: dict[str, dict[int, int]]
+) -> Metadata:
     old = base.metadata
+    places = {
+        blob.stretch: _StorageInfo(new.name, at, blob.size)
+        for new in files
+        for blob, at in zip(new.blobs, new.places, strict=True)
+    }
     moved: StorageData = {}
     for index, info in ((index, info) for blobs in base.blobs.values() for index, info in blobs):
-        place = copier.places[stretch_of(index, info, old)]
         transforms = None if is_raw(info) else info.transform_descriptors
-        moved[index] = replace(place, transform_descriptors=transforms)
+        moved[index] = replace(places[stretch_of(index, info, old)], transform_descriptors=transforms)
     modules = old.storage_meta.modules if old.storage_meta else []
     metadata = Metadata(
         state_dict_metadata=old.state_dict_metadata,
@@ -220,7 +375,7 @@ def _metadata(base: Base, target: Path, save_id: str, copier: BlobCopier) -> Met
         storage_meta=StorageMeta(checkpoint_id=str(target), save_id=save_id, modules=list(modules)),
         version=old.version,
     )
-    record = _record(base, save_id, copier.crcs)
+    record = _record(base, save_id, crcs)
     if record is not None:
         setattr(metadata, ATTRIBUTE, record.to_builtins())
     return metadata

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tailor_dcp.location import is_url
+from tailor_dcp.location import is_url, locate
 from tailor_dcp.memory import peak_memory
 from tailor_dcp.merging.computing import compute
 from tailor_dcp.merging.picking import Outcome, pick
@@ -99,6 +99,10 @@ def merge(
     """
     start, tell = time.monotonic(), progress or (lambda *_: None)
     target = _target(out)
+    if is_url(target) and to not in (None, "dcp"):
+        raise RecipeError(
+            f"{target} is on an object store, where only DCP results can be written; name a local folder."
+        )
     if to is not None and to not in TARGETS:
         raise RecipeError(f"{to!r} is nothing that a merge can write; use {listed(TARGETS)}.")
     if materialize and to not in (None, "dcp"):
@@ -124,10 +128,12 @@ def _read(recipe: str | os.PathLike[str] | Mapping[str, Any], allow: tuple[str, 
 
 
 def _target(out: str | os.PathLike[str]) -> Path:
-    if is_url(out):
-        raise RecipeError(f"{os.fspath(out)} is on an object store; a merge writes local folders only.")
-    target = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link that lies there
-    if target.exists() or target.is_symlink():
+    target = locate(out).folder
+    try:
+        there = target.exists() or target.is_symlink()
+    except OSError as error:
+        raise RecipeError(f"{target} cannot be reached: {error.strerror}.") from error
+    if there:
         raise RecipeError(f"{target} exists already; name a new folder, or remove it first.")
     return target
 

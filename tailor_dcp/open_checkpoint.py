@@ -20,6 +20,7 @@ from tailor_dcp.errors import DamagedSourceError, LoadError
 from tailor_dcp.metadata.compose import shape_of
 from tailor_dcp.names import close, listed
 from tailor_dcp.raw_stretch import bytes_of, is_raw
+from tailor_dcp.store_path import place
 from tailor_dcp.tensors import raw_bytes, read_file
 
 
@@ -37,7 +38,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Nothing in it is executed, and no file outside of its run is opened.
 
     Args:
-        path: the checkpoint's folder.
+        path: the checkpoint's folder, or its URL.
 
     Returns:
         A read-only mapping from the keys of the flattened state dict to tensors and objects, each
@@ -47,7 +48,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         NoCheckpointError: the folder is not a committed checkpoint.
         UnreadableMetadataError: its ``.metadata`` is damaged or hostile.
     """
-    return Checkpoint(Contents(open_base(Path(path))))
+    return Checkpoint(Contents(open_base(place(path))))
 
 
 class Checkpoint(Mapping[str, Any]):
@@ -219,13 +220,13 @@ class Checkpoint(Mapping[str, Any]):
         """
         path = self._contents.file(info)
         try:
-            with path.open("rb") as stream:
-                stream.seek(info.offset)
-                raw = io.BytesIO(stream.read(info.length))
+            whole = bytearray(info.length)
+            read_file(path, info.offset, memoryview(whole))
+            raw = io.BytesIO(whole)
             if info.transform_descriptors:
                 stored = _StorageReaderTransforms().transform_load_stream(None, info.transform_descriptors, raw)  # type: ignore[arg-type]
                 raw = io.BytesIO(stored.read())
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
+        except (DamagedSourceError, OSError, ValueError, RuntimeError, ImportError) as error:
             raise LoadError(f"{path}, which holds {self._contents.described(key)}, cannot be read: {error}.") from error
         return raw
 

@@ -6,9 +6,11 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from tailor_dcp.errors import DamagedSourceError
+from tailor_dcp.stores import Range, StorePath, is_remote, read_ranges
 
 _OPEN_FILES = 128
 
@@ -28,6 +30,9 @@ def read_all_into(path: Path, offset: int, into: Sequence[memoryview]) -> None:
     Raises:
         DamagedSourceError: the file is gone, ends before, or cannot be read.
     """
+    if is_remote(path):
+        _read_object(path, offset, into)
+        return
     with _files.use(path) as file:
         rest = list(into)
         while rest:
@@ -42,6 +47,33 @@ def read_all_into(path: Path, offset: int, into: Sequence[memoryview]) -> None:
                 count -= len(rest.pop(0))
             if count:
                 rest[0] = rest[0][count:]
+
+
+def _read_object(path: StorePath, offset: int, into: Sequence[memoryview]) -> None:
+    try:
+        (data,) = read_ranges([Range(path, offset, sum(map(len, into)))])
+    except OSError as error:
+        raise DamagedSourceError(f"{path} cannot be read: {error.strerror}; try again, or copy it anew.") from error
+    spread(data, into)
+
+
+def spread(data: bytes, into: Sequence[memoryview]) -> None:
+    """Put bytes into several stretches of memory, one after the other."""
+    start = 0
+    for part in into:
+        part[:] = data[start : start + len(part)] if len(into) > 1 else data
+        start += len(part)
+
+
+def announce(path: Path, offset: int, length: int) -> None:
+    """Tell the system that a stretch will be read soon, so that a disk can bring many of them at once.
+
+    Raises:
+        DamagedSourceError: the file cannot be opened.
+    """
+    if hasattr(os, "posix_fadvise"):  # macOS has none
+        with _files.use(path) as file, suppress(OSError):
+            os.posix_fadvise(file.descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
 
 class _OpenFile:

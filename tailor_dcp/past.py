@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -14,9 +13,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 from tailor_dcp import dcp_events, lineage
 from tailor_dcp.errors import TailorError
 from tailor_dcp.lineage import Ancestor, Chain, Token
-from tailor_dcp.location import METADATA, is_url, locate, same_folder
+from tailor_dcp.location import METADATA, locate, real, same_folder
 from tailor_dcp.metadata.record import save_id_of
 from tailor_dcp.metadata.safe_pickle import read
+from tailor_dcp.store_path import place
 
 
 def loading() -> dcp_events.Call | None:
@@ -45,9 +45,9 @@ class Source(NamedTuple):
 
 
 def saving_to() -> str | None:
-    """Return the local folder that DCP is saving to; None if it told none."""
+    """Return the folder that DCP is saving to; None if it told none."""
     call = dcp_events.current_call()
-    if call is None or call.name == "load" or call.checkpoint_id is None or is_url(call.checkpoint_id):
+    if call is None or call.name == "load" or call.checkpoint_id is None:
         return None
     return str(locate(call.checkpoint_id).folder)
 
@@ -55,7 +55,7 @@ def saving_to() -> str | None:
 def source_of_load() -> Source | None:
     """Look into the checkpoint that is being loaded; None if it cannot be done from here."""
     call = loading()
-    if call is None or call.checkpoint_id is None or is_url(call.checkpoint_id):
+    if call is None or call.checkpoint_id is None:
         return None
     if _latest.call is not call:  # each part of a state asks
         _latest.source, _latest.call = _look_into(call.checkpoint_id), call
@@ -63,14 +63,14 @@ def source_of_load() -> Source | None:
 
 
 def _look_into(checkpoint_id: str) -> Source | None:
-    here = locate(checkpoint_id)
-    # A name without a step may be a link, such as `latest`, that soon leads elsewhere.
-    folder = str(here.folder) if here.step is not None else os.path.realpath(here.folder)
     try:
-        metadata = read(Path(folder) / METADATA)
+        here = locate(checkpoint_id)
+        # A name without a step may be a link, such as `latest`, that soon leads elsewhere.
+        folder = here.folder if here.step is not None else real(here.folder)
+        metadata = read(folder / METADATA)
     except TailorError:  # the load itself will say what is wrong
         return None
-    return Source(folder, save_id_of(metadata) or "", metadata)
+    return Source(str(folder), save_id_of(metadata) or "", metadata)
 
 
 class _Latest(threading.local):
@@ -135,7 +135,7 @@ def _descent(source: Source | None, token: Token | None) -> Chain:
         return ()
     if token is None or token.folder is None or token.save_id != source.save_id:
         return (Ancestor(source.folder, source.save_id),)
-    folder = token.folder if same_folder(Path(token.folder), Path(source.folder)) else source.folder
+    folder = token.folder if same_folder(place(token.folder), place(source.folder)) else source.folder
     return lineage.extend(token.ancestors, Ancestor(folder, source.save_id))
 
 

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemT
 
 from tailor_dcp import base as bases
 from tailor_dcp import carry as carrying
-from tailor_dcp import changes, dcp_events, lineage, sweep
+from tailor_dcp import changes, dcp_events, drifts, lineage, sweep
 from tailor_dcp.base import Base
 from tailor_dcp.collector import collector_off
 from tailor_dcp.coordination import (
@@ -38,10 +38,11 @@ from tailor_dcp.layers import LayerMap
 from tailor_dcp.lineage import TOKEN_KEY, Chain, Token
 from tailor_dcp.location import is_url, locate
 from tailor_dcp.metadata.compose import CompositeMetadata, uncovered
-from tailor_dcp.metadata.record import Record
-from tailor_dcp.policies import Policy, parse_policy
+from tailor_dcp.metadata.record import CarryMode, Record
+from tailor_dcp.policies import DEFAULT, Policy, parse_policy
 from tailor_dcp.selection import State, cohorts
 from tailor_dcp.stager import LayerwiseStager
+from tailor_dcp.store_path import place
 from tailor_dcp.ties import find_ties
 
 Carry = Literal["auto", "link", "reference", "copy"]
@@ -57,13 +58,14 @@ class LayerwisePlanner(DefaultSavePlanner):
 
     Args:
         policy: a policy, the string it is written as (``"moments:every=5,weights=bf16"``), or
-            any callable that takes a ``SaveRequest`` and returns the due units.
+            any callable that takes a ``SaveRequest`` and returns the due units. Without one it is
+            ``moments:every=5,weights=bf16,moments=bf16``, for which ``docs/policies.md`` gives the numbers.
         base: ``"auto"`` carries from what this training state was last saved to or loaded
             from, and never stops training; a folder is carried from and must be a committed
             checkpoint; None writes everything.
         carry: ``link`` hard-links earlier files into the new folder, which makes it
             self-contained; ``reference`` only points at them; ``copy`` copies them.
-            ``auto`` is ``link``.
+            ``auto`` is ``link``, and ``reference`` on object stores, which have no links.
         full_every: every so many saves, write everything; None for never.
         layers: how keys are grouped into layers.
         dedup_save_to_lowest_rank: as in DCP's ``DefaultSavePlanner``.
@@ -77,7 +79,7 @@ class LayerwisePlanner(DefaultSavePlanner):
 
     def __init__(
         self,
-        policy: Policy | str | Any,
+        policy: Policy | str | Any = DEFAULT,
         base: str | os.PathLike[str] | None = "auto",
         carry: Carry = "auto",
         full_every: int | None = None,
@@ -99,20 +101,20 @@ class LayerwisePlanner(DefaultSavePlanner):
         self._base: Path | str | None = "auto" if base == "auto" else None
         if base is not None and base != "auto":
             bases.check_explicit(base)
-            self._base = Path(base)
+            self._base = place(base)
         self._rules = Rules(
             policy=parse_policy(policy),
-            mode="link" if carry == "auto" else carry,
+            mode="link",  # until it is known where to
             full_every=full_every,
             layers=layers or LayerMap(),
-            explicit=isinstance(self._base, Path),
+            explicit=isinstance(base, str | os.PathLike) and base != "auto",
         )
+        self._carry = carry
         self._pid = os.getpid()
         self._snapshot = lineage.snapshot()
         self._generation = lineage.generation()
         self._target = locate(".")
-        self._remote = True
-        self._address = ""
+        self._unnamed = True
         self._assignment: Assignment | None = None
         self._present: set[str] | None = None
         self._prepared: Prepared | None = None
@@ -138,18 +140,29 @@ class LayerwisePlanner(DefaultSavePlanner):
         """Flatten the state and note which folder is being written. Nothing on disk is touched."""
         super().set_up_planner(state_dict, storage_meta, is_coordinator)
         checkpoint_id = storage_meta.checkpoint_id if storage_meta else None
-        self._remote = checkpoint_id is None or is_url(checkpoint_id)
-        self._target = locate(str(checkpoint_id or ".").rpartition("://")[2])
-        self._address = str(checkpoint_id) if self._remote else str(self._target.folder)
+        self._unnamed = checkpoint_id is None
+        self._target = locate("." if checkpoint_id is None else str(checkpoint_id))
+        self._rules = replace(self._rules, mode=self._mode())
         self._assignment = None
         self._present = None
         self._refresh()
+
+    def _mode(self) -> CarryMode:
+        if not is_url(self._target.folder):
+            return "link" if self._carry == "auto" else self._carry
+        if self._carry == "link":
+            raise SaveRefusedError(
+                f"carry='link' cannot be had for {self._target.folder}: object stores have no links; use reference or "
+                f"copy."
+            )
+        return "reference" if self._carry == "auto" else self._carry
 
     def create_local_plan(self) -> SavePlan:
         """Plan this rank's items as DCP does, and find the tied parameters among them."""
         plan = super().create_local_plan()
         parts = changes.measure(plan, self._plain) if self.policy.needs_fingerprints else {}
-        info = RankInfo(self.mappings, shapes_of(plan), tuple(find_ties(self.state_dict)), parts)
+        moved = drifts.measure(plan, self._plain, self.policy, self._series)
+        info = RankInfo(self.mappings, shapes_of(plan), tuple(find_ties(self.state_dict)), parts, moved)
         return replace(plan, planner_data=info)
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
@@ -167,9 +180,10 @@ class LayerwisePlanner(DefaultSavePlanner):
         assignment = new_plan.planner_data
         if not isinstance(assignment, Assignment):
             raise SaveRefusedError("The coordinator saves with another planner than this rank; use one on all.")
-        if not self._remote:
+        if not self._unnamed:
             lineage.saved(self._target, assignment.save_id, assignment.chain, self._generation)
         self._assignment = assignment
+        drifts.keep(new_plan, self._plain, self.policy, self._series, assignment.save_id)
         return super().finish_plan(replace(new_plan, planner_data=self.mappings))
 
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:
@@ -186,6 +200,10 @@ class LayerwisePlanner(DefaultSavePlanner):
     def cohort(self, key: str) -> str:
         """Return the label of the keys that live and die together on disk with this one."""
         return self._assignment.cohorts.get(key, REST) if self._assignment else REST
+
+    @property
+    def _series(self) -> drifts.Series:
+        return str(self._target.run), self._target.series
 
     def _plain(self, index: MetadataIndex) -> object:
         """Return an item's tensor; None for a subclass, whose bits are not those of the tensor it looks like."""
@@ -236,7 +254,7 @@ class LayerwisePlanner(DefaultSavePlanner):
 
     def _prepare(self, infos: list[RankInfo]) -> Prepared:
         """Decide what is due, and make the files of the rest part of the target."""
-        present = set() if self._remote else sweep.leftovers(self._target.folder)
+        present = set() if self._unnamed else sweep.leftovers(self._target.folder)
         self._present = present
         token = self._token()
         save_id = _claim(token, present)
@@ -244,6 +262,7 @@ class LayerwisePlanner(DefaultSavePlanner):
         base = self._find_base(chain)
         state = gather(infos, self._rules.layers, base)
         state = changes.compare(state, (info.fingerprints for info in infos), base, self.policy)
+        state = drifts.compare(state, [info.drifts for info in infos], base, self.policy)
         self._warn_if_nothing_can_be_carried(state)
         decision = decide(state, base, self._target, self._rules, present)
         return Prepared(self._target, save_id, chain, base, state, decision, frozenset(present))
@@ -277,7 +296,7 @@ class LayerwisePlanner(DefaultSavePlanner):
 
     def accept_ahead(self, ahead: Ahead) -> frozenset[str]:
         """Take over, on every rank, what was decided; return the keys that are carried."""
-        if not self._remote:
+        if not self._unnamed:
             # The save may run in another process: what this one descends from is noted here.
             lineage.saved(self._target, ahead.save_id, ahead.chain, self._generation)
         return ahead.carried
@@ -316,7 +335,7 @@ class LayerwisePlanner(DefaultSavePlanner):
 
     def _withdraw(self) -> None:
         """Take back what was carried for a save that is refused."""
-        if self._present is not None and not self._remote:
+        if self._present is not None and not self._unnamed:
             carrying.remove(sweep.leftovers(self._target.folder) - self._present, self._target.folder)
 
     def _token(self) -> Token | None:
@@ -331,15 +350,15 @@ class LayerwisePlanner(DefaultSavePlanner):
         if token is not None:
             return token.ancestors
         if not dcp_events.listening():
-            if self._base == "auto" and not self._remote:
+            if self._base == "auto" and not self._unnamed:
                 self._warn("Logging is switched off, so a load through DCP would go unseen")
             return ()
         return self._snapshot.get((self._target.run, self._target.series), ())
 
     def _find_base(self, chain: Chain) -> Base | None:
-        if self._base is None or self._remote:
+        if self._base is None or self._unnamed:
             return None
-        if isinstance(self._base, Path):
+        if not isinstance(self._base, str):
             return bases.open_explicit(self._base, self._target)
         if self._target.step is None:
             self._warn("The folder's name tells no step (step-200, checkpoint-200 or 200 would)")
@@ -347,13 +366,14 @@ class LayerwisePlanner(DefaultSavePlanner):
         return bases.find(chain, self._target)
 
     def _warn_if_nothing_can_be_carried(self, state: State) -> None:
-        if self._remote:
-            self._warn("Carrying needs a local folder so far")
+        if self._unnamed:
+            self._warn("The writer does not tell where it saves")
         elif not state.units:
             self._warn("No parameter was recognised in the state dict")
 
     def _warn(self, reason: str) -> None:
-        warnings.warn(f"{reason}; {self._address} is written as a whole.", TailorWarning, stacklevel=3)
+        what = "the checkpoint" if self._unnamed else self._target.folder
+        warnings.warn(f"{reason}; {what} is written as a whole.", TailorWarning, stacklevel=3)
 
     def _refresh(self) -> None:
         """Look again at what this process saved and loaded; a pickled planner brings its own view."""

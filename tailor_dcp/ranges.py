@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from collections.abc import Callable, Iterator
 
@@ -10,8 +11,12 @@ Advance = Callable[[int], None]
 """Is told how many more bytes were copied."""
 
 _PIECE = 8 << 20
-# What copy_file_range says where it does not work at all: two file systems, an old kernel, an odd file.
-_UNABLE = frozenset({errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM})
+_IN_KERNEL = 128 << 20  # of one call: a progress bar should move
+_CLONE = 0x40049409  # FICLONE of linux/fs.h
+# What copy_file_range and FICLONE say where they do not work at all: two file systems, an old kernel, an odd file.
+_UNABLE = frozenset(
+    {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ENOTTY, errno.EISDIR}
+)
 
 
 def _silently(count: int) -> None:
@@ -35,12 +40,17 @@ def pieces(source: int, offset: int, length: int) -> Iterator[bytes]:
         except OSError as error:
             raise SourceError(error.errno, error.strerror) from error
         if not piece:
-            raise SourceError(errno.EIO, f"it ends at byte {offset} where {end} are needed")
+            raise ends(offset, end)
         yield piece
         offset += len(piece)
 
 
-def write_all(target: int, data: bytes) -> None:
+def ends(offset: int, end: int) -> SourceError:
+    """Return what to raise where a file has fewer bytes than are needed."""
+    return SourceError(errno.EIO, f"it ends at byte {offset} where {end} are needed")
+
+
+def write_all(target: int, data: bytes | memoryview) -> None:
     """Write all of ``data``; one call may take less."""
     view = memoryview(data)
     while view:
@@ -53,19 +63,22 @@ def copy_range(source: int, target: int, offset: int, length: int, advance: Adva
     Raises:
         SourceError: it cannot be read, or the file ends before.
     """
-    done = _in_kernel(source, target, offset, length, advance)
+    done = in_kernel(source, target, offset, length, advance)
     for piece in pieces(source, offset + done, length - done):
         write_all(target, piece)
         advance(len(piece))
 
 
-def _in_kernel(source: int, target: int, offset: int, length: int, advance: Advance) -> int:
-    """Copy as much as the kernel does by itself: a reflink on file systems that share blocks."""
+def in_kernel(source: int, target: int, offset: int, length: int, advance: Advance = _silently) -> int:
+    """Append as much of a stretch as the kernel copies by itself, on a file server without the bytes coming here.
+
+    Returns:
+        How many bytes that is; fewer than ``length`` where it cannot.
+    """
     done = 0
     while done < length:
         try:
-            # Not all at once: a progress bar should move.
-            count = os.copy_file_range(source, target, min(length - done, 16 * _PIECE), offset + done)
+            count = os.copy_file_range(source, target, min(length - done, _IN_KERNEL), offset + done)
         except OSError as error:
             if error.errno not in _UNABLE:
                 raise
@@ -75,3 +88,20 @@ def _in_kernel(source: int, target: int, offset: int, length: int, advance: Adva
         done += count
         advance(count)
     return done
+
+
+def share_blocks(source: int, target: int) -> bool:
+    """Give an empty file all bytes of another by sharing its blocks, which takes neither time nor room.
+
+    Only whole files: a file system shares whole blocks, and what lies within a file rarely begins with one.
+
+    Returns:
+        Whether the file system can.
+    """
+    try:
+        fcntl.ioctl(target, _CLONE, source)
+    except OSError as error:
+        if error.errno not in _UNABLE:
+            raise
+        return False
+    return True

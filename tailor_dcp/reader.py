@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import uuid
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +17,13 @@ from torch.futures import Future
 from tailor_dcp.base import Base
 from tailor_dcp.contents import Contents
 from tailor_dcp.errors import LoadError
-from tailor_dcp.location import METADATA, is_url, locate
+from tailor_dcp.location import METADATA, locate
 from tailor_dcp.metadata.compose import chunk_shape
 from tailor_dcp.metadata.record import record_of, save_id_of
 from tailor_dcp.metadata.safe_pickle import read
 from tailor_dcp.open_checkpoint import Checkpoint
 from tailor_dcp.reading import Entry, Read, Reading
+from tailor_dcp.store_path import place
 
 
 class LayerwiseReader(StorageReader):
@@ -35,7 +35,8 @@ class LayerwiseReader(StorageReader):
     tensor, the files, their sizes, shapes and dtypes of everything that this rank reads are checked.
 
     Args:
-        path: the checkpoint's folder.
+        path: the checkpoint's folder, or its URL on any store of fsspec's (``s3://bucket/run/step-200``): of each
+            object only the ranges that are needed are asked for, many at a time.
         verify: also compare the checksums of all blobs that are read before any tensor is touched.
         atomic: read everything beside the tensors first, and put it into them only when all ranks have it: a load
             that fails leaves every rank's tensors as they were. Takes as much memory again.
@@ -55,7 +56,7 @@ class LayerwiseReader(StorageReader):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        self.path = _local(path)
+        self.path = place(path)
         self.verify, self.atomic, self.cast = verify, atomic, cast
         self.threads = threads or min(4, _cores())
         self.process_group = process_group
@@ -70,12 +71,12 @@ class LayerwiseReader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Tell whether a checkpoint can be there."""
-        return not is_url(checkpoint_id) and Path(checkpoint_id).exists()
+        return place(checkpoint_id).exists()
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin anew, maybe with another checkpoint."""
         if checkpoint_id:
-            self.path = _local(checkpoint_id)
+            self.path = place(checkpoint_id)
         self._metadata = None
         self._load_id = str(uuid.uuid4())
 
@@ -189,6 +190,11 @@ class LayerwiseReader(StorageReader):
                 f"{contents.described(key)} in {self.path} gives a part of shape {tuple(item.lengths)}, where one of "
                 f"{tuple(target.shape)} is to be filled; build the model as it was saved."
             )
+        if any(size > 1 and not stride for size, stride in zip(target.shape, target.stride(), strict=True)):
+            raise LoadError(
+                f"{contents.described(key)} in {self.path} cannot be loaded into an expanded tensor, whose elements "
+                f"share memory; put a tensor of its own into the state dict."
+            )
         if not isinstance(stored, TensorStorageMetadata):  # another step's, which its planner has checked
             return Read(item, info, target, None, None)
         dtype = stored.properties.dtype
@@ -204,12 +210,6 @@ class LayerwiseReader(StorageReader):
 def _cores() -> int:
     """Return how many cores this process may use, which can be fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _local(path: str | os.PathLike[str]) -> Path:
-    if is_url(path):
-        raise LoadError(f"{os.fspath(path)} is on an object store; LayerwiseReader reads local folders only.")
-    return Path(path)
 
 
 def _with_ranks(plan: LoadPlan, ranks: int) -> LoadPlan:

@@ -27,6 +27,7 @@ from tailor_dcp.open_checkpoint import Checkpoint
 from tailor_dcp.open_files import read_file
 from tailor_dcp.raw_blobs import HEAD, Plain, plain
 from tailor_dcp.raw_stretch import Described, bytes_of, is_raw
+from tailor_dcp.staging import Staging, batches
 
 _SMALL = 2048
 """Bytes; shorter runs than these are read together with what lies between them."""
@@ -59,6 +60,24 @@ class Read(NamedTuple):
     def key(self) -> str:
         """The key in the checkpoint; what comes from another step has that step before it."""
         return str(self.item.storage_index.fqn).rpartition("\0")[2]
+
+
+class _Piece(NamedTuple):
+    """A part of a tensor that is read beside it: the box, and the larger one that is read at once to get it."""
+
+    one: Read
+    found: Plain
+    wide: Box
+    box: Box
+    target: torch.Tensor
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.wide.lengths) * self.found.dtype.itemsize
+
+    def cut(self, held: torch.Tensor) -> torch.Tensor:
+        offsets = [low - first for low, first in zip(self.box.offsets, self.wide.offsets, strict=True)]
+        return narrow_tensor_by_index(held, offsets, self.box.lengths)
 
 
 class Entry(NamedTuple):
@@ -94,17 +113,21 @@ class Reading:
         Raises:
             LoadError: a blob holds another shape or dtype than the checkpoint says.
         """
-        self.plain = list(self._each(self._located, self.reads))
+        heads: dict[tuple[str, int], tuple[_StorageInfo, bytearray]] = {}
+        for one in self.reads:
+            if not one.info.transform_descriptors:
+                heads[_place(one)] = one.info, bytearray(min(HEAD, one.info.length))
+        with self._named():
+            fetch(
+                (Fetch(self.contents.file(info), info.offset, memoryview(head)) for info, head in heads.values()),
+                self.threads,
+            )
+        found = {place: plain(bytes(head), info.length) for place, (info, head) in heads.items()}
+        self.plain = [self._located(one, found.get(_place(one))) for one in self.reads]
 
-    def _located(self, one: Read) -> Plain | None:
+    def _located(self, one: Read, found: Plain | None) -> Plain | None:
         if is_raw(one.info):
             return self._raw_stretch(one)
-        if one.info.transform_descriptors:
-            return None
-        head = bytearray(min(HEAD, one.info.length))
-        with self._named(one):
-            read_file(self.contents.file(one.info), one.info.offset, memoryview(head))
-        found = plain(bytes(head), one.info.length)
         if found is not None and one.shape is not None and (found.shape, found.dtype) != (tuple(one.shape), one.dtype):
             raise self._damaged(one, f"it holds a {found.dtype} of shape {found.shape} there")
         return found
@@ -129,15 +152,14 @@ class Reading:
                 self._fill_unpickled(one, target)
                 continue
             box = _box(one, found)
-            runs = _runs_into(box, target) if target.dtype == found.dtype and target.device.type == "cpu" else None
+            runs = _runs_straight(box, target, found.dtype)
             if runs is None:
                 staged.append((one, found, target))
             else:
                 straight += self._fetches(one, found, target, runs)
         with self._named():
             fetch(straight, self.threads)
-        for one, found, target in staged:
-            self._fill_staged(one, found, target)
+        self._fill_staged(staged)
 
     def _fetches(self, one: Read, found: Plain, target: torch.Tensor, runs: Runs) -> Iterator[Fetch]:
         path, start, width = self.contents.file(one.info), one.info.offset + found.start, found.dtype.itemsize
@@ -146,17 +168,27 @@ class Reading:
         for source, place in zip((runs.sources * width).tolist(), (runs.targets * width).tolist(), strict=True):
             yield Fetch(path, start + source, memory[first + place : first + place + length])
 
-    def _fill_staged(self, one: Read, found: Plain, target: torch.Tensor) -> None:
-        """Read a bounded piece at a time into memory of our own, and let torch bring it to where it belongs."""
-        for piece, part in _pieces(_box(one, found), target, found.dtype.itemsize):
-            wide = piece.widened() if piece.shortest_run * found.dtype.itemsize < _SMALL else piece
-            held = torch.empty(wide.lengths, dtype=found.dtype, pin_memory=target.device.type == "cuda")
-            runs = _runs_into(wide, held)
-            assert runs is not None  # rows of a row-major tensor into another
-            with self._named(one):
-                fetch(self._fetches(one, found, held, runs), self.threads)
-            cut = [low - first for low, first in zip(piece.offsets, wide.offsets, strict=True)]
-            part.copy_(narrow_tensor_by_index(held, cut, piece.lengths))
+    def _fill_staged(self, staged: Sequence[tuple[Read, Plain, torch.Tensor]]) -> None:
+        """Read a bounded part at a time into memory of our own, and let torch bring it to where it belongs."""
+        pieces = [
+            _Piece(
+                one, found, piece.widened() if piece.shortest_run * found.dtype.itemsize < _SMALL else piece, piece, to
+            )
+            for one, found, target in staged
+            for piece, to in _pieces(_box(one, found), target, found.dtype.itemsize)
+        ]
+        with Staging(_STAGED) as staging:
+            for part in batches(pieces, _STAGED, lambda piece: piece.bytes):
+                held = staging.room([piece.bytes for piece in part], [piece.target.device for piece in part])
+                rooms = [memory.view(p.found.dtype).view(p.wide.lengths) for p, memory in zip(part, held, strict=True)]
+                fetches: list[Fetch] = []
+                for piece, room in zip(part, rooms, strict=True):
+                    runs = _runs_into(piece.wide, room)
+                    assert runs is not None  # rows of a row-major tensor into another
+                    fetches += self._fetches(piece.one, piece.found, room, runs)
+                with self._named():
+                    fetch(fetches, self.threads)
+                staging.send([(piece.target, piece.cut(room)) for piece, room in zip(part, rooms, strict=True)])
 
     def _fill_unpickled(self, one: Read, target: torch.Tensor) -> None:
         """Read what is no plain tensor as DCP itself does, though never running anything."""
@@ -283,8 +315,19 @@ class Reading:
         )
 
 
+def _place(one: Read) -> tuple[str, int]:
+    return one.info.relative_path, one.info.offset
+
+
 def _box(one: Read, found: Plain) -> Box:
     return Box(found.shape, tuple(one.item.storage_offsets), tuple(one.item.lengths))
+
+
+def _runs_straight(box: Box, target: torch.Tensor, dtype: torch.dtype) -> Runs | None:
+    """Return the stretches to read from a file into a tensor; None if its memory does not hold what it is."""
+    if target.device.type != "cpu" or target.dtype != dtype or target.is_conj() or target.is_neg():
+        return None
+    return _runs_into(box, target) if target.layout == torch.strided else None
 
 
 def _runs_into(box: Box, target: torch.Tensor) -> Runs | None:

@@ -11,6 +11,7 @@ from tailor_dcp.errors import TailorError, TailorWarning
 from tailor_dcp.location import METADATA, locate
 from tailor_dcp.metadata.record import record_of
 from tailor_dcp.metadata.safe_pickle import read
+from tailor_dcp.store_path import place
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,12 @@ def commits(run: str | os.PathLike[str], series: str = "") -> list[Commit]:
     read is left out, with a warning.
     """
     found = []
-    for path in Path(run).glob(f"*/{series}/{METADATA}" if series else f"*/{METADATA}"):
-        place = locate(path.parent)
-        if place.step is not None and place.series == series:
+    for path in place(run).glob(f"*/{series}/{METADATA}" if series else f"*/{METADATA}"):
+        here = locate(path.parent)
+        if here.step is not None and here.series == series:
             time = _time(path)
             if time is not None:
-                found.append(Commit(path.parent, place.step, time))
+                found.append(Commit(path.parent, here.step, time))
     return sorted(found, key=lambda commit: commit.time)
 
 
@@ -53,7 +54,7 @@ def latest(run: str | os.PathLike[str], before: int | None = None, series: str =
     warning says so.
 
     Args:
-        run: the run's folder; it need not exist yet.
+        run: the run's folder, or its URL; it need not exist yet.
         before: only look at steps below this one.
         series: for runs that keep several checkpoints a step, which (``"optimizer_0"``).
     """

@@ -10,9 +10,10 @@ from pathlib import Path
 from torch.distributed.checkpoint.metadata import Metadata
 
 from tailor_dcp import dcp_events
+from tailor_dcp.base import open_base
 from tailor_dcp.carry import CARRIED, prune_empty
 from tailor_dcp.errors import TailorError
-from tailor_dcp.location import DEEPEST_SERIES, METADATA, Location, is_url, locate, same_folder
+from tailor_dcp.location import DEEPEST_SERIES, METADATA, Location, locate, real, same_folder
 from tailor_dcp.metadata.record import save_id_of
 from tailor_dcp.metadata.safe_pickle import read
 
@@ -45,7 +46,8 @@ def referring_files(location: Location) -> set[Path]:
     # No deeper than checkpoints lie: what counts as the run may be somebody's home.
     for path in (p for depth in range(1, DEEPEST_SERIES + 2) for p in location.run.glob(f"{'*/' * depth}{METADATA}")):
         if not same_folder(path.parent, location.folder):
-            files |= {(path.parent / name).resolve() for name in _names(read(path)) if ".." in name}
+            base = open_base(path.parent)
+            files |= {real(base.path(name)) for name in _names(base.metadata) if ".." in name or name.startswith("/")}
     return files
 
 
@@ -54,9 +56,9 @@ def _names(metadata: Metadata) -> set[str]:
 
 
 def _committed(checkpoint_id: str | None) -> None:
-    if checkpoint_id is None or is_url(checkpoint_id):
-        return
     with _lock:
+        if checkpoint_id is None or not _pending:
+            return
         found = _pending.pop(str(locate(checkpoint_id).folder), None)
     if found:
         _sweep(*found)
@@ -72,7 +74,7 @@ def _sweep(location: Location, old: set[str], save_id: str) -> None:
     except TailorError:
         return
     for name in old - _names(metadata):
-        if (location.folder / name).resolve() not in in_use:
+        if real(location.folder / name) not in in_use:
             with suppress(OSError):
                 (location.folder / name).unlink()
     prune_empty(location.folder / CARRIED)

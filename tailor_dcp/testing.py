@@ -12,6 +12,7 @@ Or without pytest, ``check_policy(EveryOther(offset=1), bound=1)``. A broken rul
 
 from __future__ import annotations
 
+import functools
 import pickle
 import random
 import warnings
@@ -68,6 +69,12 @@ _STATES: dict[str, tuple[UnitInfo, ...]] = {
 }
 
 
+@functools.cache
+def _pace(unit: Unit) -> float:
+    """Every unit moves at a pace of its own, some not at all: policies must keep their bounds for these, too."""
+    return random.Random(str(unit)).choice([0.0, 0.001, 0.02, 0.5])
+
+
 class _Run:
     """A simulated training run that keeps its own books of what was written when."""
 
@@ -76,15 +83,16 @@ class _Run:
         self.index = index
         self.written = {unit: index - age for unit, age in (ages or {}).items()}
 
-    def request(self, changed: bool | None) -> SaveRequest:
-        units = tuple(self._info(info, changed) for info in _STATES[self.state])
+    def request(self, changed: bool | None, moves: bool = False) -> SaveRequest:
+        units = tuple(self._info(info, changed, moves) for info in _STATES[self.state])
         return SaveRequest(self.index * 100, self.index, units)
 
-    def _info(self, info: UnitInfo, changed: bool | None) -> UnitInfo:
+    def _info(self, info: UnitInfo, changed: bool | None, moves: bool) -> UnitInfo:
         at = self.written.get(info.unit)
         if at is None:
             return info
-        return replace(info, saved_step=max(0, at * 100), age=self.index - at, changed=changed)
+        drift = _pace(info.unit) * (self.index - at) if moves else None
+        return replace(info, saved_step=max(0, at * 100), age=self.index - at, changed=changed, drift=drift)
 
     def save(self, due: set[Unit]) -> None:
         for info in _STATES[self.state]:
@@ -138,7 +146,7 @@ class _Subject:
         """Yield requests of every sort, each with words for where it comes from."""
         yield "an empty state", SaveRequest(0, 0, ())
         for run in self.runs():
-            request = run.request(self.changed())
+            request = run.request(self.changed(), bool(self.policy.needs_drift))
             yield str(run), request
             yield f"{run}, without a step", replace(request, step=None)
             if self.policy.needs_fingerprints:
@@ -160,7 +168,7 @@ class _Subject:
     def follow(self, rule: str, run: _Run, saves: int) -> Iterator[tuple[str, SaveRequest, set[Unit]]]:
         """Save again and again; yield each save after it is done."""
         for _ in range(saves):
-            request, where = run.request(self.changed()), str(run)
+            request, where = run.request(self.changed(), bool(self.policy.needs_drift)), str(run)
             due = self.select(rule, request, where)
             run.save(due)
             yield where, request, due

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import queue
 from collections import defaultdict
 from collections.abc import Generator, Iterable
@@ -17,21 +16,29 @@ from torch.distributed.checkpoint.filesystem import (
     CURRENT_DCP_VERSION,
     DEFAULT_SUFFIX,
     FileSystem,
+    FileSystemBase,
     _item_size,
     _StoragePrefix,
 )
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from tailor_dcp.carry import sync_folder
 from tailor_dcp.crc import ChecksumStream
+from tailor_dcp.errors import TailorError
 from tailor_dcp.location import METADATA
-from tailor_dcp.metadata.record import ATTRIBUTE
+from tailor_dcp.metadata.pickle_writer import dump, dumps
+from tailor_dcp.metadata.record import ATTRIBUTE, packed
 from tailor_dcp.planner import REST, LayerwisePlanner
+from tailor_dcp.stores import is_url, place, writing
 
 _SMALLEST_PART = 64 << 20  # bytes; below this a second file costs more than a second thread gains
+
+
+class WriteFailedError(TailorError):
+    """A store did not take what was to be written; what was there before is untouched."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,52 @@ class _ChecksumFileSystem(FileSystem):
             self.crcs[Path(path).name] = stream.blobs
 
 
+class _Store(FileSystemBase):
+    """Objects of a store, there whole or not at all, whose blobs' CRCs are noted while they are written."""
+
+    def __init__(self) -> None:
+        self.crcs: dict[str, dict[int, int]] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[Any, None, None]:
+        where = place(path)
+        if mode != "wb":
+            with where.open(mode) as raw:
+                yield raw
+            return
+        try:
+            with writing(where) as raw:
+                stream = ChecksumStream(cast(IO[bytes], raw))
+                yield stream
+                self.crcs[where.name] = stream.blobs
+        except OSError as error:
+            raise WriteFailedError(
+                f"{where} cannot be written: {error.strerror or error}; nothing was committed, save again."
+            ) from error
+
+    def concat_path(self, path: str | os.PathLike[str], suffix: str) -> Path:
+        return place(path) / suffix
+
+    def init_path(self, path: str | os.PathLike[str]) -> Path:
+        return place(path)
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        raise NotImplementedError("objects are put under their own names")
+
+    def mkdir(self, path: str | os.PathLike[str]) -> None:
+        """Do nothing: a store has no folders."""
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return is_url(checkpoint_id)
+
+    def exists(self, path: str | os.PathLike[str]) -> bool:
+        return place(path).exists()
+
+    def rm_file(self, path: str | os.PathLike[str]) -> None:
+        place(path).unlink()
+
+
 class LayerwiseWriter(FileSystemWriter):
     """Writes each group of units that is due together to files of its own.
 
@@ -70,7 +123,8 @@ class LayerwiseWriter(FileSystemWriter):
     With another planner than ``LayerwisePlanner`` it writes what ``FileSystemWriter`` does.
 
     Args:
-        path: the checkpoint's folder.
+        path: the checkpoint's folder, or its URL on any store of fsspec's. There each object appears when it is
+            complete, large ones are uploaded in parts, and the commit is the PUT of ``.metadata``.
         thread_count: threads that write, each to a file of its own. Two overlap computing
             checksums with writing.
         sync_files: fsync files and folders. Without it a crash of the machine may lose the
@@ -85,9 +139,31 @@ class LayerwiseWriter(FileSystemWriter):
         sync_files: bool = True,
         overwrite: bool = True,
     ) -> None:
-        super().__init__(path, thread_count=thread_count, sync_files=sync_files, overwrite=overwrite)
-        self._checksums = _ChecksumFileSystem()
-        self.fs = self._checksums
+        # A store keeps what it has answered for; DCP would flush all of this machine's disks instead.
+        sync_files = sync_files and not is_url(path)
+        local = path if is_url(path) else place(path)
+        super().__init__(local, thread_count=thread_count, sync_files=sync_files, overwrite=overwrite)
+        self._take(path)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begin anew, maybe with another checkpoint."""
+        if checkpoint_id:
+            self._take(checkpoint_id)
+        super().reset(None)
+
+    def _take(self, path: str | os.PathLike[str]) -> None:
+        self._checksums: _Store | _ChecksumFileSystem = _Store() if is_url(path) else _ChecksumFileSystem()
+        self.fs: Any = self._checksums
+        self.path = place(path)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Tell whether a checkpoint can be written there."""
+        return is_url(checkpoint_id) or super().validate_checkpoint_id(checkpoint_id)
+
+    def storage_meta(self) -> StorageMeta | None:
+        """Return what the checkpoint is called and the save's id."""
+        return StorageMeta(checkpoint_id=str(self.path) if is_url(self.path) else self.path, save_id=self.save_id)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's items, a file or more for each cohort of units."""
@@ -96,10 +172,10 @@ class LayerwiseWriter(FileSystemWriter):
         files: queue.Queue[tuple[Path, str, list[WriteItem]]] = queue.Queue()
         for number, items in enumerate(_files(plan.items, planner, self.thread_count)):
             name = f"{prefix.prefix}{number}{DEFAULT_SUFFIX}"
-            files.put((Path(self.path) / name, name, items))
+            files.put((place(self.path) / name, name, items))
         results = self._write_data(planner, files).wait()
         if self.sync_files:
-            sync_folder(Path(self.path))
+            sync_folder(place(self.path))
         future: Future[list[WriteResult]] = Future()
         future.set_result([self._checked(result) for result in results])
         return future
@@ -114,10 +190,13 @@ class LayerwiseWriter(FileSystemWriter):
         metadata.storage_data = {result.index: result.storage_data for result in written}
         metadata.storage_meta = self.storage_meta()
         _note_checksums(metadata, written)
-        folder = Path(self.path)
+        folder = place(self.path)
+        if is_url(folder):
+            self._put(metadata, folder / METADATA)
+            return
         partial = folder / f"{METADATA}.tmp"
         with partial.open("wb") as stream:
-            pickle.dump(metadata, stream)
+            dump(metadata, stream)
             stream.flush()
             if self.sync_files:
                 os.fsync(stream.fileno())
@@ -125,6 +204,14 @@ class LayerwiseWriter(FileSystemWriter):
         if self.sync_files:
             sync_folder(folder)
             sync_folder(folder.parent)
+
+    def _put(self, metadata: Metadata, path: Path) -> None:
+        try:
+            path.write_bytes(dumps(metadata))
+        except OSError as error:
+            raise WriteFailedError(
+                f"{path} cannot be written: {error.strerror}; nothing was committed, save again."
+            ) from error
 
     def _checked(self, result: WriteResult) -> CheckedResult:
         info = result.storage_data
@@ -166,7 +253,9 @@ def _note_checksums(metadata: Metadata, written: Iterable[WriteResult]) -> None:
     record = getattr(metadata, ATTRIBUTE, None)
     if record is None:
         return
+    crcs: dict[str, dict[int, int]] = {}
     for result in written:
         if isinstance(result, CheckedResult):
             info = result.storage_data
-            record["crcs"].setdefault(info.relative_path, {})[info.offset] = result.crc
+            crcs.setdefault(info.relative_path, {})[info.offset] = result.crc
+    record["crcs"].update({file: packed(blobs) for file, blobs in crcs.items()})

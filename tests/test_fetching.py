@@ -30,11 +30,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @given(
     asked=st.lists(st.tuples(st.integers(0, 1), st.integers(0, SIZE), st.integers(0, 3000)), max_size=40),
     threads=st.integers(1, 3),
+    little=st.sampled_from([0, SIZE]),
 )
 def test_everything_arrives(
-    files: list[Path], asked: list[tuple[int, int, int]], threads: int, monkeypatch: pytest.MonkeyPatch
+    files: list[Path], asked: list[tuple[int, int, int]], threads: int, little: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetching, "_PIECE", 1000)
+    monkeypatch.setattr(fetching, "_LITTLE", little)
+    monkeypatch.setattr(fetching, "_ANNOUNCED", 3)
     wanted = [(files[n], start, min(length, SIZE - start)) for n, start, length in asked]
     memory = [bytearray(length) for _, _, length in wanted]
     fetch([Fetch(path, start, memoryview(m)) for (path, start, _), m in zip(wanted, memory, strict=True)], threads)
@@ -53,7 +56,12 @@ def test_short_reads_go_on(files: list[Path], monkeypatch: pytest.MonkeyPatch) -
     assert b"".join(memory) == files[0].read_bytes()[5:40]
 
 
-def test_a_file_that_ends_before(files: list[Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("little", [0, SIZE])
+def test_a_file_that_ends_before(
+    files: list[Path], tmp_path: Path, little: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever thread meets it."""
+    monkeypatch.setattr(fetching, "_LITTLE", little)
     path = tmp_path / "short"
     path.write_bytes(b"123")
     with pytest.raises(DamagedSourceError, match="short ends before byte 10"):

@@ -27,6 +27,9 @@ POLICIES = {
     "moments:every=3": (0, 2),
     "moments:every=2,weights=bf16,moments=bf16": (0, 1),
     "parity|filter:head=1,tail=0,every=4": (1, 1),
+    "drift:threshold=1e-06,max_stale=2": (0, 0),
+    "drift:threshold=1e9,max_stale=2": (2, 2),
+    "budget:fraction=0.4,max_stale=3,first=weights": (0, 3),
     # Every value changes in every step, of frozen parameters too.
     "unchanged+full": (0, 0),
     "unchanged+parity:groups=3": (2, 2),

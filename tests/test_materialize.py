@@ -6,6 +6,9 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +20,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from tailor_dcp import input_files, layout, new_folder
 from tailor_dcp.cli.materialize import materialize as command
 from tailor_dcp.errors import NoCheckpointError, UnreadableMetadataError
 from tailor_dcp.inspection import inspect
 from tailor_dcp.materialize import DamagedCheckpointError, MaterializeError, materialize
 from tailor_dcp.metadata.safe_pickle import read
+from tailor_dcp.stores import place
 from tailor_dcp.writer import LayerwiseWriter
 from tests.support.forks import killed_at
 from tests.support.runs import HEAD, L0, L1, L2, LAYERS, Run, due, files, metadata, named, record, unheard
+from tests.support.stores import empty_memory, memory_run, s3_run
 from tests.support.world import flat
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected an existing checkpoint", "ignore::tailor_dcp.TailorWarning")
@@ -138,7 +144,7 @@ def test_a_stock_checkpoint(run: Run, tmp_path: Path) -> None:
     source = run.stock(100)
     before = loaded(run, source)
     made = materialize(source, tmp_path / "out")
-    assert made.checked == 0
+    assert made.checked == made.blobs > 0, "torch's own checksums were not compared"
     assert equal(loaded(run, tmp_path / "out"), before)
     checked = materialize(tmp_path / "out", tmp_path / "again")
     assert checked.checked == checked.blobs > 0
@@ -218,7 +224,7 @@ def test_hostile_metadata(run: Run, tmp_path: Path) -> None:
 
 
 def test_what_is_refused(run: Run, tmp_path: Path) -> None:
-    """An ``out`` that exists, even empty or a dangling link; what is no checkpoint; an object store."""
+    """An ``out`` that exists, even empty or a dangling link; what is no checkpoint; what cannot be written."""
     source = run.save(100)
     (tmp_path / "out").mkdir()
     (tmp_path / "link").symlink_to("nowhere")
@@ -227,8 +233,6 @@ def test_what_is_refused(run: Run, tmp_path: Path) -> None:
             materialize(source, tmp_path / out)
     with pytest.raises(NoCheckpointError):
         materialize(run.folder, tmp_path / "new")
-    with pytest.raises(MaterializeError, match="object store"):
-        materialize(source, "s3://bucket/out")
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(MaterializeError, match="cannot be written"):
         materialize(source, tmp_path / "file" / "out")
@@ -250,6 +254,167 @@ def test_killed_at_any_change_it_is_absent_or_whole(run: Run, tmp_path: Path) ->
     assert n > 6, "too few moments were tried"
     assert equal(loaded(run, out), before)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+# Several ranks ----------------------------------------------------------------------------
+
+
+def materialize_with(group: Any, source: str, out: str, failing: int | None = None) -> Any:
+    """Copy with a group's ranks, of which one cannot read; return what came of it, or was raised."""
+    from tailor_dcp import blob_copier
+
+    real = blob_copier.in_kernel
+
+    def broken(*_: Any) -> int:
+        raise blob_copier.SourceError(5, "this rank's cable is cut")
+
+    if failing == torch.distributed.get_rank(group):
+        blob_copier.in_kernel = broken
+    try:
+        return materialize(source, out, process_group=group, largest_file=3000)
+    except (MaterializeError, DamagedCheckpointError) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        blob_copier.in_kernel = real
+
+
+def test_ranks_share_the_work(run: Run, tmp_path: Path, fleet: Any) -> None:
+    """Each has written about as much; all return the same; the copy is one checkpoint."""
+    source = composite(run, "reference")
+    before = loaded(run, source)
+    made = fleet.call("tests.test_materialize:materialize_with", str(source), str(tmp_path / "out"), ranks=3)
+    assert made[0] == made[1] == made[2]
+    assert made[0].checked == made[0].blobs
+    shutil.rmtree(run.folder)
+    assert equal(loaded(run, tmp_path / "out"), before)
+    shares = [sum(path.stat().st_size for path in (tmp_path / "out").glob(f"__{rank}_*")) for rank in range(3)]
+    assert sum(shares) == made[0].bytes
+    assert max(shares) - min(shares) < 4000, f"{shares} are not alike"
+    again = materialize(tmp_path / "out", tmp_path / "again")
+    assert again.checked == again.blobs, "some rank's checksums were lost"
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_rank_that_fails_makes_all_fail(run: Run, tmp_path: Path, fleet: Any, failing: int) -> None:
+    """With its own sentence on every rank, and nothing left; the same call then succeeds."""
+    source = composite(run)
+    call = ("tests.test_materialize:materialize_with", str(source), str(tmp_path / "out"))
+    said = fleet.call(*call, failing, ranks=2)
+    assert said[0] == said[1]
+    assert "cable" in said[0]
+    assert said[0].startswith("DamagedCheckpointError")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    assert fleet.call(*call, ranks=2)[1].files > 1
+    said = fleet.call(*call, ranks=2)
+    assert said[0] == said[1]
+    assert "exists already" in said[0]
+
+
+def test_torchrun(run: Run, tmp_path: Path) -> None:
+    """The command as torchrun starts it: one line for all ranks, and one sentence if one fails."""
+    source = composite(run)
+    before = loaded(run, source)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    command += [str(Path(sys.executable).with_name("tailor")), "materialize", str(source), str(tmp_path / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("checksums compared") == 1
+    assert {path.name[:4] for path in (tmp_path / "out").glob("__*")} == {"__0_", "__1_"}
+    assert equal(loaded(run, tmp_path / "out"), before)
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode != 0
+    assert ran.stderr.count("tailor: ") == 1
+    assert "exists already" in ran.stderr
+
+
+# Blocks that are shared --------------------------------------------------------------------
+
+
+def test_whole_files_are_shared_where_the_file_system_can(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is live as a whole keeps its file; the rest, and what cannot be shared after all, is copied."""
+    source = composite(run)
+    before, shared = loaded(run, source), []
+
+    def share(old: int, new: int) -> bool:
+        if len(shared) > 3:
+            return False
+        shared.append(os.fstat(old).st_size)
+        os.sendfile(new, old, 0, shared[-1])
+        return True
+
+    monkeypatch.setattr(new_folder, "share_blocks", share)
+    monkeypatch.setattr(layout, "SMALLEST_WHOLE", 1)
+    for verify in (True, False):
+        shared.clear()
+        made = materialize(source, tmp_path / f"out-{verify}", verify=verify)
+        assert len(shared) == 4
+        assert made.checked == (made.blobs if verify else 0)
+        assert equal(loaded(run, tmp_path / f"out-{verify}"), before)
+        again = materialize(tmp_path / f"out-{verify}", tmp_path / f"again-{verify}")
+        assert again.checked == again.blobs
+
+
+# Object stores -----------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["memory", "s3"])
+def store(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of an empty folder in a store."""
+    if request.param == "memory":
+        empty_memory()
+        yield memory_run()
+    else:
+        request.getfixturevalue("s3")
+        yield s3_run()
+
+
+def test_across_stores(run: Run, tmp_path: Path, store: str) -> None:
+    """From the disk to a store, within it, and back; every checksum that is known is compared each time."""
+    source = composite(run)
+    before = loaded(run, source)
+    made = materialize(source, f"{store}/step-300", largest_file=9000)
+    assert made.path == f"{store}/step-300"
+    stored = {path.name for path in place(made.path).rglob("*")}
+    assert len(stored) == made.files + 1, "something else than data and metadata is there"
+    within = materialize(made.path, f"{store}/copy")
+    back = materialize(within.path, tmp_path / "back")
+    assert within.checked == back.checked == made.blobs
+    assert equal(loaded(run, tmp_path / "back"), before)
+    with pytest.raises(MaterializeError, match="exists already"):
+        materialize(source, f"{store}/copy")
+
+
+def test_the_store_copies_by_itself(run: Run, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without looking, no byte of an object that is live as a whole comes here."""
+    monkeypatch.setattr(layout, "SMALLEST_WHOLE", 1)
+    made = materialize(composite(run), f"{store}/step-300", largest_file=9000)
+    monkeypatch.setattr(input_files, "read_ranges", None)
+    within = materialize(made.path, f"{store}/copy", verify=False, largest_file=9000)
+    assert (within.bytes, within.files) == (made.bytes, made.files)
+
+
+def test_what_fails_in_a_store_leaves_nothing(run: Run, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither objects nor uploads; nor does what a killed call has left stand in the way of the next."""
+    source = composite(run)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "no more room")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(new_folder, "commit", full)
+        with pytest.raises(MaterializeError, match="no more room"):
+            materialize(source, f"{store}/out")
+    assert not place(f"{store}/out").exists()
+    place(f"{store}/out/.materialize").write_bytes(b"of a killed call")
+    place(f"{store}/out/__0_00000000_0.distcp").write_bytes(b"half")
+    made = materialize(source, f"{store}/out")
+    assert len(list(place(f"{store}/out").rglob("*"))) == made.files + 1
+    place(f"{store}/mine/thesis.tex").write_bytes(b"years")
+    with pytest.raises(MaterializeError, match="exists already"):
+        materialize(source, f"{store}/mine")
 
 
 # The command ------------------------------------------------------------------------------

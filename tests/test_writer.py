@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from tailor_dcp import LayerwisePlanner, LayerwiseWriter
+from tailor_dcp.metadata.record import Sums
 from tests.support.fleet import Fleet
 from tests.support.runs import HEAD, L0, L1, L2, LAYERS, MODEL, Run, due, files, metadata, named, record
 from tests.support.world import Model, Param
@@ -39,7 +40,7 @@ def checked(folder: Path) -> int:
     crcs, places = record(folder)["crcs"], metadata(folder).storage_data.values()
     for info in places:
         blob = (folder / info.relative_path).read_bytes()[info.offset : info.offset + info.length]
-        assert crcs[info.relative_path][info.offset] == zlib.crc32(blob), info
+        assert Sums(crcs[info.relative_path])[info.offset] == zlib.crc32(blob), info
     return len(places)
 
 

@@ -13,6 +13,7 @@ from tailor_dcp.cli.inspect import inspect
 from tailor_dcp.cli.materialize import materialize
 from tailor_dcp.cli.merge import merge
 from tailor_dcp.cli.prune import prune
+from tailor_dcp.cli.report import report
 from tailor_dcp.cli.simulate import simulate
 from tailor_dcp.errors import TailorError
 
@@ -23,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (inspect, diff, merge, materialize, copy, prune, simulate):
+for verb in (inspect, diff, merge, materialize, copy, prune, report, simulate):
     app.command()(verb)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,7 +16,7 @@ _BAD = 1
 
 
 def inspect(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint's folder, such as run/step-200.")],
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint's folder, such as run/step-200, or its URL.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Show per layer and kind: bytes, dtype, origin step, staleness, files.

@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,11 +24,12 @@ from tailor_dcp.crc import crc32
 from tailor_dcp.errors import TailorError
 from tailor_dcp.file_marks import mark_of
 from tailor_dcp.lineage import new_save_id
-from tailor_dcp.location import locate
+from tailor_dcp.location import is_within, locate
 from tailor_dcp.locks import Lock
 from tailor_dcp.merging.remap import File, Remapped
 from tailor_dcp.metadata.record import ATTRIBUTE
 from tailor_dcp.recipes.errors import RecipeError
+from tailor_dcp.stores import StorePath, copy_object, is_remote, same_store, writing
 
 
 def assemble(
@@ -37,7 +39,7 @@ def assemble(
 
     Args:
         made: its metadata.
-        folder: an empty folder to make it in, on the file system of ``out``.
+        folder: an empty folder to make it in, on the file system of ``out``; ``out`` itself in a store.
         out: the name that it will have.
         base: the recipe's base.
         step: the result's training step.
@@ -50,11 +52,11 @@ def assemble(
         RecipeError: a file cannot be linked.
     """
     save_id = new_save_id()
-    names = _link(made.files, folder, out)
+    names = _refer(made.files, folder) if is_remote(folder) else _link(made.files, folder, out)
     made.place(names)
     _write_values(made, folder, save_id)
     put_files(files, folder)
-    for touched in {folder, *((folder / name).parent for name in names.values())}:
+    for touched in () if is_remote(folder) else {folder, *((folder / name).parent for name in names.values())}:
         sync_folder(touched)
     commit(metadata_of(made, out, save_id, step, base), folder)
     return names
@@ -89,6 +91,26 @@ def metadata_of(made: Remapped, out: Path, save_id: str, step: int | None, base:
     )
     setattr(metadata, ATTRIBUTE, made.record(save_id, step, base).to_builtins())
     return metadata
+
+
+def _refer(files: Mapping[str, File], out: StorePath) -> dict[str, str]:
+    """Return what each file is called in a store: where it is, if that is in the result's run, or a copy's name."""
+    names: dict[str, str] = {}
+    taken: set[Path] = set()
+    for name, file in files.items():
+        if is_remote(file.path) and is_within(file.path, locate(out).run):
+            names[name] = file.path.absolute_key
+            continue
+        if not same_store(file.path, out):
+            raise RecipeError(
+                f"{file.path} is not in the store of {out}; ask for a copy of the bytes with --materialize."
+            )
+        homes = (out / CARRIED / home / file.path.name for home in _homes(file.save_id))
+        new = next(home for home in homes if home not in taken)
+        taken.add(new)
+        copy_object(file.path, new)
+        names[name] = new.relative_to(out).as_posix()
+    return names
 
 
 def _link(files: Mapping[str, File], folder: Path, out: Path) -> dict[str, str]:
@@ -135,16 +157,28 @@ def _write_values(made: Remapped, folder: Path, save_id: str) -> list[str]:
     if not made.values:
         return []
     name, offset = f"__0_{save_id[:8]}_values.distcp", 0
-    with (folder / name).open("xb") as stream:
+    crcs: dict[int, int] = {}
+    with _new_file(folder / name) as stream:
         for key, value in made.values.items():
             data = _saved(value)
             stream.write(data)
             made.storage[MetadataIndex(key)] = _StorageInfo(name, offset, len(data))
-            made.crcs.setdefault(name, {})[offset] = crc32(data)
+            crcs[offset] = crc32(data)
             offset += len(data)
+    made.crcs[name] = crcs
+    return [name]
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[io.RawIOBase | io.BufferedWriter]:
+    if is_remote(path):
+        with writing(path) as upload:
+            yield upload
+        return
+    with path.open("xb") as stream:
+        yield stream
         stream.flush()
         os.fsync(stream.fileno())
-    return [name]
 
 
 def _saved(value: Any) -> bytes:
@@ -157,11 +191,18 @@ def _saved(value: Any) -> bytes:
 def growing(out: Path) -> Iterator[Path]:
     """Yield a new folder beside the result's name; nothing of it stays unless it was given that name.
 
+    For a result in a store it is a folder on this machine; what is put in the store goes there under its own name, and
+    is removed again if the merge fails.
+
     Raises:
         RecipeError: ``out`` exists, another merge is making it, or nothing can be written there.
     """
     if out.exists() or out.is_symlink():
         raise RecipeError(f"{out} exists already; name a new folder, or remove it first.")
+    if is_remote(out):
+        with _put(out), tempfile.TemporaryDirectory(prefix="tailor-merge-") as scratch:
+            yield Path(scratch)
+        return
     folder = out.with_name(f".{out.name}.merge")
     lock = Lock(
         out.with_name(f"{folder.name}.lock"),
@@ -187,8 +228,24 @@ def growing(out: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
+@contextmanager
+def _put(out: StorePath) -> Iterator[None]:
+    """Let nothing stay in a store of a result that failed."""
+    try:
+        yield
+    except BaseException as error:
+        with suppress(OSError):
+            for path in out.rglob("*"):
+                path.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not isinstance(error, TailorError):
+            raise RecipeError(f"{out} cannot be written: {error.strerror or error}.") from error
+        raise
+
+
 def give_name(folder: Path, out: Path) -> None:
-    """Give a complete folder its name, on the disk as well."""
+    """Give a complete folder its name, on the disk as well; in a store it has it already."""
+    if is_remote(folder):
+        return
     folder.rename(out)
     sync_folder(out.parent)
 

@@ -18,6 +18,7 @@ from tailor_dcp.recipes.errors import RecipeError
 from tailor_dcp.recipes.mergekit_data import Plan
 from tailor_dcp.recipes.mergekit_plan import Merge, picks
 from tailor_dcp.recipes.native import KEEP, Recipe, Take
+from tailor_dcp.stores import is_remote
 
 
 def compute(
@@ -52,6 +53,10 @@ def compute(
         told = {"tokenizer": tokenizer_files(plan, catalogs), "chat_template": template_of(plan, catalogs)}
         files = {name: value for name, value in told.items() if value is not None}
         return pick(recipe, out, target, materialize, world_size, allow, progress, files)
+    if is_remote(out):
+        raise RecipeError(
+            f"{out} is on an object store, and a merge that computes writes local folders only; copy it there."
+        )
     with growing(out) as scratch:
         catalog = value_catalog(merge, catalogs, scratch, seed=seed)
         written = formats().write(catalog, out, target, world_size=world_size, progress=counted(catalog, progress))

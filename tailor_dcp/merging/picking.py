@@ -29,6 +29,7 @@ from tailor_dcp.merging.whole_groups import whole_groups
 from tailor_dcp.open_checkpoint import Checkpoint
 from tailor_dcp.recipes.errors import RecipeError
 from tailor_dcp.recipes.native import Recipe
+from tailor_dcp.stores import is_remote
 from tailor_dcp.tensors import Readable, same
 from tailor_dcp.units import WEIGHT
 
@@ -122,10 +123,11 @@ def pick(
     if to == "hf":
         recipe = of_weights(recipe)
     opened = Opener(allow, as_catalogs=to != "dcp")
-    sources = {name: opened(name) for name in sources_of(recipe)}
-    check_outside(out, sources.values())
-    sources = _with_whole_groups(recipe, sources)
-    resolved = resolve(recipe, {name: source.index for name, source in sources.items()})
+    with collector_off():  # from one large metadata to the next, and while they are looked through
+        sources = {name: opened(name) for name in sources_of(recipe)}
+        check_outside(out, sources.values())
+        sources = _with_whole_groups(recipe, sources)
+        resolved = resolve(recipe, {name: source.index for name, source in sources.items()})
     if to != "dcp":
         checks.named(recipe, sources[recipe.base].index)
     check_alike(recipe.name, {name: _carried(source) for name, source in sources.items()})
@@ -191,7 +193,7 @@ def _composite(job: Job, materialize: bool) -> frozenset[Path]:
         with collector_off():
             made = remap(job.resolved, contents, lambda source, key: Checkpoint(source)[key])
         check_files(made.files.values())
-        folder = scratch / job.out.name
+        folder = job.out if is_remote(job.out) and not materialize else scratch / job.out.name
         folder.mkdir()
         base, files = contents[job.recipe.base].base, job.companions("dcp", scratch / "files")
         if materialize:

@@ -68,7 +68,7 @@ class Remapped:
     storage: StorageData = field(default_factory=dict)
     files: dict[str, File] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
-    crcs: dict[str, dict[int, int]] = field(default_factory=dict)
+    crcs: dict[str, Mapping[int, int]] = field(default_factory=dict)
     units: dict[Unit, UnitRecord] = field(default_factory=dict)
     narrowed: dict[str, str] = field(default_factory=dict)
     ties: list[tuple[str, ...]] = field(default_factory=list)
@@ -82,7 +82,8 @@ class Remapped:
         self.marks = {names.get(name, name): file.mark for name, file in self.files.items() if file.mark}
         crcs, self.crcs = self.crcs, {}
         for file, blobs in crcs.items():
-            self.crcs.setdefault(names.get(file, file), {}).update(blobs)
+            known = self.crcs.get(name := names.get(file, file))
+            self.crcs[name] = {**known, **blobs} if known else blobs
 
     def record(self, save_id: str, step: int | None, base: Base) -> Record:
         """Return the result's record: a save of its own, which wrote next to nothing.
@@ -174,7 +175,7 @@ class _Mapper:
     def _add(self, source: str, old: str, key: str, path: KeyPath) -> None:
         base, made = self._sources[source].base, self.made
         made.entries[key], made.paths[key] = base.metadata.state_dict_metadata[old], path
-        names, crcs = self._names[source], base.record.crcs if base.record else {}
+        names = self._names[source]
         for index, info in base.blobs[old]:  # one for each shard: by far the most work is here
             mine = index if key == old else MetadataIndex(key, index.offset, index.index)
             name = names.get(info.relative_path) or self._file(source, info, old)
@@ -183,8 +184,6 @@ class _Mapper:
                 transforms = RAW  # one object for all of them
             made.storage[mine] = _StorageInfo(name, info.offset, info.length, transforms)
             self._ends[name] = max(self._ends[name], info.offset + info.length)
-            if crcs and info.offset in crcs.get(info.relative_path, ()):
-                made.crcs.setdefault(name, {})[info.offset] = crcs[info.relative_path][info.offset]
         if base.record is not None:
             if old in base.record.narrowed:
                 made.narrowed[key] = base.record.narrowed[old]
@@ -196,7 +195,10 @@ class _Mapper:
         name = f"{self._number[source]}/{info.relative_path}"
         self._names[source][info.relative_path], self._ends[name] = name, 0
         contents = self._sources[source]
-        mark = contents.base.record.marks.get(info.relative_path) if contents.base.record else None
+        record = contents.base.record
+        mark = record.marks.get(info.relative_path) if record else None
+        if record and info.relative_path in record.crcs:
+            self.made.crcs[name] = record.crcs[info.relative_path]  # of all its blobs, whichever are needed
         self._found[name] = File(
             contents.file(info), self._origin(source, key).save_id, 0, Mark(*mark) if mark else None
         )

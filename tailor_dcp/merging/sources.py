@@ -19,6 +19,7 @@ from tailor_dcp.names import listed
 from tailor_dcp.open_checkpoint import Checkpoint
 from tailor_dcp.recipes.errors import RecipeError
 from tailor_dcp.runs import latest
+from tailor_dcp.store_path import place
 
 _AT = re.compile(r"(?P<run>.+)@(?P<step>\d+|latest)")
 
@@ -48,16 +49,14 @@ def path_of(name: str) -> Path:
     Raises:
         RecipeError: there is none.
     """
-    if is_url(name):
-        raise RecipeError(f"{name} is on an object store; a merge reads local folders only: copy it here first.")
-    path = Path(name)
+    path = place(name)
     at = _AT.fullmatch(name)
     try:
         if path.exists() or at is None:
             return path
     except OSError as error:
         raise RecipeError(f"{name[:60]}… is no path ({error.strerror}); give a checkpoint's.") from error
-    run = Path(at["run"])
+    run = place(at["run"])
     if not run.is_dir():
         raise RecipeError(f"{name}: there is no run {run} in the current folder; give its path.")
     if at["step"] == "latest":
@@ -85,7 +84,7 @@ def _steps(run: Path) -> dict[int, list[Path]]:
         here = locate(child)
         if here.step is None or here.series or not child.is_dir():
             continue
-        if (child / METADATA).exists() or formats().recognised(child) is not None:
+        if (child / METADATA).exists() or (not is_url(child) and formats().recognised(child) is not None):
             found.setdefault(here.step, []).append(child)
     return found
 
@@ -120,7 +119,9 @@ def open_source(name: str, allow: tuple[str, ...] = (), as_catalog: bool = False
         return Source(
             name, path, index_of_contents(name, contents, Checkpoint(contents).__getitem__), contents=contents
         )
-    if formats().recognised(path) is None:
+    if is_url(path) and as_catalog:
+        raise RecipeError(f"{name} is on an object store, where layers can only be picked; copy it here to convert it.")
+    if is_url(path) or formats().recognised(path) is None:
         raise NoCheckpointError(_no_checkpoint(name, path))
     catalog = formats().open(path, allow=allow)
     return Source(name, path, index_of_catalog(name, catalog), catalog=catalog)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -36,6 +37,10 @@ class Shape(NamedTuple):
         if self.size is None or self.dtype is None:
             return 0
         return math.prod(self.size) * self.dtype.itemsize
+
+    def stored_in(self, dtype: torch.dtype | None) -> int:
+        """The whole tensor's size in another dtype; None for its own."""
+        return self._replace(dtype=dtype).bytes if dtype is not None else self.bytes
 
 
 def shape_of(entry: STORAGE_TYPES) -> Shape:
@@ -147,4 +152,6 @@ class CompositeMetadata(Metadata):
                 f"nothing was committed. Make room or repair what it names, and save again."
             )
         state = {k: v for k, v in self.__dict__.items() if k not in ("_carried", "state_dict_metadata")}
+        record = state[ATTRIBUTE]
+        state[ATTRIBUTE] = {**record, "seconds": max(0.0, time.time() - record["time"])}
         return (Metadata, (self.state_dict_metadata,), state)

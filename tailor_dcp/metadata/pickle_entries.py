@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from tailor_dcp.metadata.pickle_columns import read_rows
 from tailor_dcp.metadata.pickle_machine import Machine
 from tailor_dcp.metadata.pickle_names import (
     CHUNK,
@@ -73,6 +74,8 @@ _Match = Callable[[bytes, int], re.Match[bytes] | None]
 
 def _entries(m: Machine, asked: Asked, start: int) -> bool:
     """Read all the entries from here on that match; false if there are none."""
+    if asked is not TENSOR and read_rows(m, asked, start):
+        return True
     if asked not in m.patterns and m.where.keys() >= set(_BLANKS[asked].values()):
         m.patterns[asked] = _pattern(m, _ENTRIES[asked])
     if asked not in m.patterns:

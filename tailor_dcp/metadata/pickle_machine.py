@@ -23,6 +23,7 @@ from tailor_dcp.metadata.pickle_names import (
     kind_of,
     shown,
 )
+from tailor_dcp.metadata.pickle_rows import Layout
 
 
 class Machine:
@@ -46,6 +47,7 @@ class Machine:
         self.patterns: dict[Asked, re.Pattern[bytes]] = {}
         self.known: dict[bytes, tuple[list[Any], list[Any]]] = {}
         self.texts: dict[bytes, str] = {}
+        self.layouts: dict[Asked, list[Layout]] = {}
 
     def run(self) -> Any:
         """Interpret the whole file and return what it stands for."""
@@ -141,6 +143,10 @@ def _mark(m: Machine) -> None:
         damaged(f"it nests deeper than {MAX_MARKS} levels")
     m.marks.append(m.stack)
     m.stack = []
+
+
+def _drop(m: Machine) -> None:
+    m.pop_mark()
 
 
 def _tuple(size: int) -> Step:
@@ -272,6 +278,7 @@ for _code, _step in {
     b"B": _bytes(4),
     b"\x8e": _bytes(8),
     b"(": _mark,
+    b"1": _drop,
     b")": _push(()),
     b"\x85": _tuple(1),
     b"\x86": _tuple(2),

@@ -6,10 +6,12 @@ and ignores. The serialised form is the contract, not these classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
@@ -18,7 +20,8 @@ from tailor_dcp.file_marks import Mark
 from tailor_dcp.units import Unit
 
 ATTRIBUTE = "tailor"
-FORMAT = 1
+FORMAT = 2
+_READ = (1, FORMAT)  # 1 had checksums as dicts
 
 CarryMode = Literal["link", "reference", "copy"]
 
@@ -47,6 +50,43 @@ class UnitRecord:
     keys: tuple[str, ...]
 
 
+_SUM = np.dtype([("offset", "<u8"), ("crc", "<u4")])
+
+
+class Sums(Mapping[int, int]):
+    """The CRC-32 of each blob of a file, by its offset, as a record has them: half a million are not looked through.
+
+    Args:
+        packed: for each blob its offset (eight bytes, little-endian) and its CRC-32 (four bytes).
+    """
+
+    def __init__(self, packed: bytes) -> None:
+        self.packed = packed
+
+    @cached_property
+    def _by_offset(self) -> dict[int, int]:
+        rows = np.frombuffer(self.packed, _SUM)
+        return dict(zip(rows["offset"].tolist(), rows["crc"].tolist(), strict=True))
+
+    def __getitem__(self, offset: int) -> int:
+        return self._by_offset[offset]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._by_offset)
+
+    def __len__(self) -> int:
+        return len(self.packed) // _SUM.itemsize
+
+
+def packed(blobs: Mapping[int, int]) -> bytes:
+    """Return the CRC-32 of each offset as a record stores them."""
+    if isinstance(blobs, Sums):
+        return blobs.packed
+    rows = np.empty(len(blobs), _SUM)
+    rows["offset"], rows["crc"] = list(blobs), list(blobs.values())
+    return rows.tobytes()
+
+
 @dataclass(frozen=True)
 class Record:
     """What a checkpoint tells about itself.
@@ -65,6 +105,9 @@ class Record:
         crcs: CRC-32 of blobs: file, then offset. Only ``LayerwiseWriter`` fills it.
         fingerprints: of the values that the keys had at their origin, in the training state's dtype
             (``tailor_dcp.fingerprint``). Only saves whose policy needs them add any.
+        sketches: of the values that the keys had at their origin, packed (``tailor_dcp.sketch``). Only saves
+            whose policy needs drift add any.
+        seconds: from planning to the commit; None where nobody measured it.
         marks: size and sampled checksum (``tailor_dcp.file_marks``) of files that another program wrote: a linked
             checkpoint's.
     """
@@ -81,6 +124,8 @@ class Record:
     ties: tuple[tuple[str, ...], ...] = ()
     crcs: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
     fingerprints: Mapping[str, int] = field(default_factory=dict)
+    sketches: Mapping[str, bytes] = field(default_factory=dict)
+    seconds: float | None = None
     marks: Mapping[str, Mark] = field(default_factory=dict)
 
     def to_builtins(self) -> dict[str, Any]:
@@ -103,9 +148,10 @@ class Record:
             "units": layers,
             "narrowed": dict(self.narrowed),
             "ties": [list(group) for group in self.ties],
-            "crcs": {file: dict(blobs) for file, blobs in self.crcs.items()},
+            "crcs": {file: packed(blobs) for file, blobs in self.crcs.items()},
             # As text: they are wider than any integer of the formats that a record may pass through.
             "fingerprints": {key: f"{value:x}" for key, value in self.fingerprints.items()},
+            "sketches": dict(self.sketches),
             "marks": {file: list(mark) for file, mark in self.marks.items()},
         }
 
@@ -126,8 +172,10 @@ class _Serialised(BaseModel):
     units: dict[str, dict[str, list[Any]]]
     narrowed: dict[str, str] = {}
     ties: list[list[str]] = []
-    crcs: dict[str, dict[int, int]] = {}
+    crcs: dict[str, bytes | dict[int, int]] = {}
     fingerprints: dict[str, Annotated[str, Field(pattern=r"\A[0-9a-f]{1,32}\z")]] = {}
+    sketches: dict[str, bytes] = {}
+    seconds: float | None = None
     marks: dict[str, Annotated[list[int], Field(min_length=2, max_length=2)]] = {}
 
 
@@ -138,10 +186,10 @@ def from_builtins(raw: object, source: str) -> Record:
         UnreadableMetadataError: it is damaged, or of a newer format than this version knows.
     """
     version = raw.get("format") if isinstance(raw, dict) else None
-    if version != FORMAT:
+    if type(version) is not int or version not in _READ:
         raise UnreadableMetadataError(
             f"{source} holds a tailor_dcp record of format {version!r}, but this version reads only "
-            f"format {FORMAT}; plain dcp.load still reads the checkpoint."
+            f"formats {' and '.join(map(str, _READ))}; plain dcp.load still reads the checkpoint."
         )
     try:
         s = _Serialised.model_validate(raw)
@@ -152,6 +200,7 @@ def from_builtins(raw: object, source: str) -> Record:
             for kind, (number, keys) in kinds.items()
         }
         parent = None if s.parent is None else _origin(s.parent)
+        crcs = {file: _sums(blobs) for file, blobs in s.crcs.items()}
     except (ValidationError, ValueError, TypeError, IndexError) as error:
         raise UnreadableMetadataError(
             f"{source} holds a damaged tailor_dcp record ({_first_line(error)}); plain dcp.load may still "
@@ -168,8 +217,10 @@ def from_builtins(raw: object, source: str) -> Record:
         units=units,
         narrowed=s.narrowed,
         ties=tuple(tuple(group) for group in s.ties),
-        crcs=s.crcs,
+        crcs=crcs,
         fingerprints={key: int(value, 16) for key, value in s.fingerprints.items()},
+        sketches=s.sketches,
+        seconds=s.seconds,
         marks={file: Mark(size, sample) for file, (size, sample) in s.marks.items()},
     )
 
@@ -195,6 +246,14 @@ def _origin(raw: Iterable[str | int | None]) -> Origin:
     if isinstance(step, str):
         raise TypeError(f"{step!r} is no step")
     return Origin(save_id, step, folder, nth)
+
+
+def _sums(blobs: bytes | dict[int, int]) -> Mapping[int, int]:
+    if isinstance(blobs, dict):
+        return blobs
+    if len(blobs) % _SUM.itemsize:
+        raise ValueError("the checksums of a file are cut off")
+    return Sums(blobs)
 
 
 def _index(number: object) -> int:

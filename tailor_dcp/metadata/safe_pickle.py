@@ -55,8 +55,8 @@ def read(path: Path) -> Metadata:
         UnreadableMetadataError: It cannot be read, is damaged, or asks for what no checkpoint needs.
     """
     try:
-        # Opening a pipe that somebody left there would wait for ever.
-        if not stat.S_ISREG(path.stat().st_mode):
+        # Opening a pipe that somebody left there would wait for ever. Stores have none.
+        if isinstance(path, Path) and not stat.S_ISREG(path.stat().st_mode):
             raise UnreadableMetadataError(f"{path} is not a regular file, so it was not opened.")
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):

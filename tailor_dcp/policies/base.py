@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
@@ -13,6 +13,8 @@ from tailor_dcp.units import WEIGHT, Unit
 
 if TYPE_CHECKING:
     from tailor_dcp.policies.either import Either
+
+Measure = Literal["", "sketch", "exact"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class UnitInfo:
         number: its number there (12), else None.
         changed: False if it is bit for bit what the newest ancestor holds; None if that is not known,
             as it is unless the policy ``needs_fingerprints``.
+        stored: its size as the policy would store it; None if that is not known.
+        drift: how far it moved since its own last save, |w - w_saved| / |w_saved|; None if that is not
+            known, as it is unless the policy ``needs_drift``.
     """
 
     layer: str
@@ -40,11 +45,18 @@ class UnitInfo:
     stack: str | None = None
     number: int | None = None
     changed: bool | None = None
+    drift: float | None = None
+    stored: int | None = None
 
     @property
     def unit(self) -> Unit:
         """The (layer, kind) pair."""
         return Unit(self.layer, self.kind)
+
+    @property
+    def cost(self) -> int:
+        """The bytes that writing it takes, as far as is known."""
+        return self.bytes if self.stored is None else self.stored
 
     @property
     def is_weight(self) -> bool:
@@ -60,11 +72,14 @@ class SaveRequest:
         step: the training step, from the checkpoint folder's name; None if it has none.
         index: 0 for the first save of a training run, counted along its ancestors.
         units: every unit that could be carried or written, in the model's order.
+        rate: bytes per second that the newest ancestor was written with, planning and checksums
+            included; None if that is not known.
     """
 
     step: int | None
     index: int
     units: tuple[UnitInfo, ...]
+    rate: float | None = None
 
 
 class Policy(ABC):
@@ -96,6 +111,15 @@ class Policy(ABC):
     def needs_fingerprints(self) -> bool:
         """True if the policy looks at ``UnitInfo.changed``, which costs a pass over the whole state."""
         return False
+
+    @property
+    def needs_drift(self) -> Measure:
+        """How exactly the policy wants to know ``UnitInfo.drift``; empty if it does not look at it.
+
+        ``sketch`` estimates it from one element in some thousands (``tailor_dcp.sketch``), ``exact`` keeps a
+        copy of the state in memory.
+        """
+        return ""
 
     def __or__(self, other: Policy) -> Either:
         from tailor_dcp.policies.either import Either  # noqa: PLC0415 - Either is a Policy itself

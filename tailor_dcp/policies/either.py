@@ -10,7 +10,7 @@ from urllib.parse import quote
 import torch
 
 from tailor_dcp.errors import PolicyError
-from tailor_dcp.policies.base import Policy, SaveRequest
+from tailor_dcp.policies.base import Measure, Policy, SaveRequest
 from tailor_dcp.policies.options import shown
 from tailor_dcp.units import Unit
 
@@ -70,6 +70,12 @@ class Either(Policy):
     def needs_fingerprints(self) -> bool:
         """True if any of the policies does."""
         return any(policy.needs_fingerprints for policy in self.policies)
+
+    @property
+    def needs_drift(self) -> Measure:
+        """What the most exact of the policies needs."""
+        needs = {policy.needs_drift for policy in self.policies}
+        return "exact" if "exact" in needs else "sketch" if "sketch" in needs else ""
 
     def __str__(self) -> str:
         return "|".join(str(policy) for policy in self.policies)

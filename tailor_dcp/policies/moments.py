@@ -10,8 +10,8 @@ import torch
 
 from tailor_dcp.policies.base import Policy, SaveRequest
 from tailor_dcp.policies.groups import deal, is_due
-from tailor_dcp.policies.options import DTYPES, DtypeName, Period, check_options
-from tailor_dcp.units import STEP, WEIGHT, Unit
+from tailor_dcp.policies.options import DtypeName, Period, check_options, narrowed
+from tailor_dcp.units import Unit
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,7 @@ class Moments(Policy):
 
     def storage_dtype(self, unit: Unit, dtype: torch.dtype) -> torch.dtype:
         """Return the narrower of a tensor's own dtype and the one chosen for its kind."""
-        # Half-precision numbers of steps would stop counting at 256 (bf16) or 2048 (fp16).
-        if unit.kind == STEP or not dtype.is_floating_point:
-            return dtype
-        chosen = DTYPES[self.weights if unit.kind == WEIGHT else self.moments]
-        # Nobody who left the defaults alone asked for doubles to be rounded.
-        if chosen is torch.float32:
-            return dtype
-        return chosen if chosen.itemsize < dtype.itemsize else dtype
+        return narrowed(unit, dtype, self.weights, self.moments)
 
     def _groups(self, request: SaveRequest) -> dict[str, int]:
         # Weights take no turns, so only the moments' bytes are to be near equal.

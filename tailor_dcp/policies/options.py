@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from tailor_dcp.errors import PolicyError
 from tailor_dcp.policies.base import Policy
+from tailor_dcp.units import STEP, WEIGHT, Unit
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What tensors may be stored in, by the short names that policies are written with."""
@@ -31,6 +32,8 @@ def _short_name(name: str) -> str:
 # A description says what is allowed in the words of the error message, "it must be ...".
 Period = Annotated[int, Field(ge=1, description="a whole number, 1 or more")]
 Amount = Annotated[int, Field(ge=0, description="a whole number, 0 or more")]
+Positive = Annotated[float, Field(gt=0, description="a number above 0")]
+Share = Annotated[float, Field(gt=0, le=1, description="a number above 0, 1 at most")]
 DtypeName = Annotated[
     str, AfterValidator(_short_name), Field(description=f"one of {', '.join([*DTYPES, *_SHORT_NAMES])}")
 ]
@@ -39,6 +42,18 @@ _shortened = reprlib.Repr()
 _shortened.maxstring = _shortened.maxother = _shortened.maxlong = 80
 shown = _shortened.repr
 """Like `repr`, but never longer than a message can bear."""
+
+
+def narrowed(unit: Unit, dtype: torch.dtype, weights: str, moments: str) -> torch.dtype:
+    """Return the narrower of a tensor's own dtype and the one chosen for its kind, by their short names."""
+    # Half-precision numbers of steps would stop counting at 256 (bf16) or 2048 (fp16).
+    if unit.kind == STEP or not dtype.is_floating_point:
+        return dtype
+    chosen = DTYPES[weights if unit.kind == WEIGHT else moments]
+    # Nobody who left the defaults alone asked for doubles to be rounded.
+    if chosen is torch.float32:
+        return dtype
+    return chosen if chosen.itemsize < dtype.itemsize else dtype
 
 
 def option_names(policy: type[Policy]) -> list[str]:

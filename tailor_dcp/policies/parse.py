@@ -8,6 +8,8 @@ from dataclasses import MISSING, fields
 
 from tailor_dcp.errors import PolicyError
 from tailor_dcp.policies.base import Policy
+from tailor_dcp.policies.budget import Budget
+from tailor_dcp.policies.drift import Drift
 from tailor_dcp.policies.either import Either
 from tailor_dcp.policies.filter import Filter
 from tailor_dcp.policies.from_callable import FromCallable, Selector
@@ -20,7 +22,7 @@ from tailor_dcp.policies.unchanged import Unchanged
 
 # Ours are entry points too, but have to work from a source folder that nobody installed, and
 # no other package may put itself in their place.
-_OURS: dict[str, type[Policy]] = {policy.name: policy for policy in (Full, Parity, Filter, Moments)}
+_OURS: dict[str, type[Policy]] = {policy.name: policy for policy in (Full, Parity, Filter, Moments, Drift, Budget)}
 
 
 def parse_policy(policy: str | Policy | Selector) -> Policy:

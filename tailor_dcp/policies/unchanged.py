@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from tailor_dcp.errors import PolicyError
-from tailor_dcp.policies.base import Policy, SaveRequest, UnitInfo
+from tailor_dcp.policies.base import Measure, Policy, SaveRequest, UnitInfo
 from tailor_dcp.policies.either import Either
 from tailor_dcp.policies.options import shown
 from tailor_dcp.units import Unit
@@ -55,6 +55,11 @@ class Unchanged(Policy):
     def needs_fingerprints(self) -> bool:
         """True: only fingerprints tell what is unchanged."""
         return True
+
+    @property
+    def needs_drift(self) -> Measure:
+        """What the inner policy needs."""
+        return self.inner.needs_drift
 
     def select(self, request: SaveRequest) -> Iterable[Unit]:
         """Return what the inner policy returns and is not known to be unchanged."""

@@ -23,6 +23,7 @@ from tailor_dcp.locks import Lock
 from tailor_dcp.merge import merge
 from tailor_dcp.merging import assemble
 from tailor_dcp.merging.catalogs import Repeated
+from tailor_dcp.metadata.record import Sums
 from tailor_dcp.prune import prune
 from tailor_dcp.recipes.errors import RecipeError
 from tailor_dcp.writer import LayerwiseWriter
@@ -295,7 +296,7 @@ def test_checkpoints_of_our_writer_keep_their_checksums(tmp_path: Path) -> None:
     merge(recipe(tmp_path / "run", rename=RENAME), out)
     crcs = record(out)["crcs"]
     where = dcp.FileSystemReader(out).read_metadata().storage_data
-    assert all(info.offset in crcs[info.relative_path] for info in where.values())
+    assert all(info.offset in Sums(crcs[info.relative_path]) for info in where.values())
     from tailor_dcp.materialize import materialize
 
     assert materialize(out, tmp_path / "copy").checked == len({(i.relative_path, i.offset) for i in where.values()})
@@ -404,8 +405,8 @@ def test_what_cannot_be_written_is_refused(llamas: Path, tmp_path: Path) -> None
     for options, said in given:
         with pytest.raises(RecipeError, match=said):
             merge({"base": str(llamas / "hf")}, tmp_path / "out", **options)
-    with pytest.raises(RecipeError, match="object store"):
-        merge({"base": str(llamas / "hf")}, "s3://bucket/out")
+    with pytest.raises(RecipeError, match="--materialize"):
+        merge({"base": str(llamas / "hf")}, "memory://bucket/out")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
-from tailor_dcp.policies import Either, Filter, Full, Moments, Parity, Policy, SaveRequest, UnitInfo
+from tailor_dcp.policies import Budget, Drift, Either, Filter, Full, Moments, Parity, Policy, SaveRequest, UnitInfo
 from tailor_dcp.units import Unit
 
 AUX_NAMES = ["model.embed_tokens", "model.norm", "lm_head", "visual.patch_embed", "model.rotary_emb"]
@@ -158,7 +158,29 @@ filters = st.builds(
     aux=st.sampled_from(["always", "rest"]),
 )
 moments = st.builds(Moments, every=st.integers(1, 7), weights=dtype_names, moments=dtype_names)
-single_policies = st.one_of(st.just(Full()), parities, filters, moments)
+thresholds = st.floats(1e-6, 10)
+drifts = st.builds(
+    Drift,
+    threshold=thresholds,
+    states=st.none() | thresholds,
+    max_stale=st.integers(1, 7),
+    half_life=st.integers(0, 20),
+    exact=st.booleans(),
+    weights=dtype_names,
+)
+budget_sizes = st.one_of(
+    st.fixed_dictionaries({"fraction": st.floats(0.01, 1)}),
+    st.fixed_dictionaries({"bytes": st.integers(1, 10**10)}),
+    st.fixed_dictionaries({"seconds": st.floats(0.01, 100)}),
+)
+budgets = st.builds(
+    lambda size, **more: Budget(**size, **more),
+    budget_sizes,
+    max_stale=st.integers(1, 9),
+    first=st.sampled_from(["drift", "weights"]),
+    moments=dtype_names,
+)
+single_policies = st.one_of(st.just(Full()), parities, filters, moments, drifts, budgets)
 eithers = st.lists(single_policies, min_size=2, max_size=3).map(lambda several: Either(tuple(several)))
 policies = st.one_of(single_policies, eithers)
 

@@ -10,6 +10,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -422,3 +423,22 @@ def test_the_commit_is_one_put_and_comes_last(there: Run, s3: S3) -> None:
     written = [r for r in noted if r.kind not in ("GET", "HEAD", "LIST")]
     assert {r.kind for r in written} == {"PUT"} and [METADATA in r.path for r in written].count(True) == 1
     assert METADATA in written[-1].path
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_asynchronous_saves(there: Run, staged: bool) -> None:
+    """In a background thread, the whole state staged or only what is due; carried from the save before."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for step, layers in ((100, LAYERS), (200, (L0,))):
+            path = there.path(step)
+            planner = LayerwisePlanner(due(*layers))
+            dcp.async_save(
+                there.state(step),
+                storage_writer=LayerwiseWriter(path),
+                planner=planner,
+                async_stager=planner.stager(path) if staged else None,
+            ).result()  # type: ignore[union-attr]
+    finally:
+        dist.destroy_process_group()
+    assert there.origins(200) == {L0: 200, L1: 100, L2: 100, HEAD: 100}

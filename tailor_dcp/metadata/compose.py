@@ -135,6 +135,7 @@ class CompositeMetadata(Metadata):
     def __setattr__(self, name: str, value: object) -> None:
         if name == "storage_data" and isinstance(value, dict):
             value = {**value, **self._carried}
+            self._note_seconds()
         super().__setattr__(name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -152,6 +153,10 @@ class CompositeMetadata(Metadata):
                 f"nothing was committed. Make room or repair what it names, and save again."
             )
         state = {k: v for k, v in self.__dict__.items() if k not in ("_carried", "state_dict_metadata")}
-        record = state[ATTRIBUTE]
-        state[ATTRIBUTE] = {**record, "seconds": max(0.0, time.time() - record["time"])}
         return (Metadata, (self.state_dict_metadata,), state)
+
+    def _note_seconds(self) -> None:
+        """Note how long the save took: a writer assigns the places once, when all data is written."""
+        record = self.__dict__[ATTRIBUTE]
+        if "time" in record:
+            self.__dict__[ATTRIBUTE] = {**record, "seconds": max(0.0, time.time() - record["time"])}

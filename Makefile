@@ -11,7 +11,7 @@ export DS_BUILD_OPS ?= 0
 # What it compiles when it is first used: one place for each environment, or two checkouts would take turns.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: demo test test-long test-zero-grid lint format bench bench-quick clean
+.PHONY: demo test test-long test-zero-grid lint format bench bench-quick quality quality-long browser clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/train_fsdp.py
@@ -42,6 +42,19 @@ bench: $(VENV)/.test
 bench-quick: $(VENV)/.test
 	$(BIN)/python -m benchmarks.all --quick
 
+# What resuming loses, policy by policy: minutes on two cores, or an hour and more on an idle machine.
+quality: $(VENV)/.test
+	$(BIN)/python -m benchmarks.resume_quality
+
+quality-long: $(VENV)/.test
+	$(BIN)/python -m benchmarks.resume_quality --form long --work quality-run --json benchmarks/results/resume_quality.json
+
+# A browser for the tests of pages, which are skipped where there is none. On Debian, as root, if not there yet.
+browser:
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || ( \
+		apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core )
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -55,4 +68,4 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-run zero-run zero-to-fsdp-run build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-run zero-run zero-to-fsdp-run quality-run build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,7 +13,7 @@ from tailor_dcp.census import DOOMED, STRIPPED
 from tailor_dcp.errors import TailorError
 from tailor_dcp.inspection import unit_records
 from tailor_dcp.location import METADATA, locate, real
-from tailor_dcp.metadata.compose import file_sizes, unstored
+from tailor_dcp.metadata.compose import file_sizes, shape_of, unstored
 from tailor_dcp.metadata.record import Origin
 from tailor_dcp.raw_stretch import is_raw
 from tailor_dcp.sketch import Moved, moved, relative, unpack
@@ -24,8 +24,8 @@ from tailor_dcp.units import STEP, Unit
 FileId = tuple[int, int] | str
 """What a file is whatever it is called: device and inode, or an object's address."""
 
-_MOST = 2**62
-"""A record may come from anybody: what is larger than this is no number of bytes, saves or steps."""
+_MOST, _LONGEST = 2**62, 1e11
+"""A record may come from anybody: what is larger is no number of bytes, saves or steps, and no time in seconds."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,12 @@ class HeldUnit:
 
     Attributes:
         origin: the save whose values it has.
-        stored: bytes on disk.
         whole: bytes of its tensors in the training state's dtypes.
         drift: how far it moved from what the checkpoint before held; None where both hold one save's values, or nothing
             tells.
     """
 
     origin: Origin
-    stored: int
     whole: int
     drift: float | None = None
 
@@ -71,10 +69,9 @@ class Held:
         policy: the policy; None for a stock planner.
         carry: how it refers to earlier bytes; None for a stock planner.
         parent: the save that it carries from.
-        before: the name of the checkpoint that drift was measured against; None if there is none.
         units: what it holds.
         written: bytes that its save wrote to data files.
-        full: bytes of tensors that a full save would have written, in the training state's dtypes.
+        full: bytes that a full save would have written, in the training state's dtypes.
         files: the data files that it refers to.
         metadata: bytes of ``.metadata``.
         missing: files that it needs and that are not there or too short, and keys that are in none.
@@ -88,7 +85,6 @@ class Held:
     policy: str | None
     carry: str | None
     parent: Origin | None
-    before: str | None
     units: Mapping[Unit, HeldUnit]
     written: int
     full: int
@@ -230,23 +226,21 @@ def _held(base: Base, before: Base | None, named: _Named) -> Held:
     return Held(
         folder=base.location.folder,
         origin=_sane(base.origin),
-        time=record.time if record and math.isfinite(record.time) else status.st_mtime,
-        seconds=record.seconds if record and record.seconds is not None and math.isfinite(record.seconds) else None,
+        time=record.time if record and 0 <= record.time < _LONGEST else status.st_mtime,
+        seconds=record.seconds if record and 0 <= (record.seconds or -1) < _LONGEST else None,
         policy=record.policy if record else None,
         carry=record.carry if record else None,
         parent=record.parent if record else None,
-        before=before.location.name if before is not None else None,
         units={
             unit: HeldUnit(
                 _sane(held.origin),
-                _amount(sum(info.length for key in held.keys for _, info in base.blobs[key])),
                 _amount(sum(base.source_shape(key).bytes for key in held.keys)),
                 drifts.get(unit),
             )
             for unit, held in units.items()
         },
         written=_amount(sum(info.length for info in infos if not is_raw(info))),
-        full=_amount(sum(base.source_shape(key).bytes for key in base.metadata.state_dict_metadata)),
+        full=_amount(sum(_whole(base, key) for key in base.metadata.state_dict_metadata)),
         files=named.files,
         metadata=status.st_size,
         missing=(*named.missing, *(f"{key} (in no file)" for key in unstored(base.metadata))),
@@ -299,6 +293,13 @@ def _identity(path: Path) -> FileId:
         return str(path)
     status = path.stat()
     return status.st_dev, status.st_ino
+
+
+def _whole(base: Base, key: str) -> int:
+    """Return the bytes that a key would take in the training state's dtype: its tensor, and what is around it."""
+    stored = sum(info.length for _, info in base.blobs[key])
+    around = stored - shape_of(base.metadata.state_dict_metadata[key]).bytes
+    return base.source_shape(key).bytes + max(0, around)
 
 
 def _drifts(base: Base, before: Base) -> dict[Unit, float]:

@@ -18,6 +18,7 @@ from tailor_dcp.policies.unchanged import Unchanged
 
 _OURS = {policy.name for policy in (Full, Parity, Filter, Moments, Drift, Budget)}
 _FULL = "fp32"
+_ORDINALS = ("second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 MERGE = "merge"
 """What the record of a merge has in a policy's place."""
 
@@ -66,7 +67,7 @@ def _(policy: Filter) -> str:
     ends = [f"the {name} {_layers(count)}" for name, count in (("first", policy.head), ("last", policy.tail)) if count]
     aux = "embeddings, final norm and head"
     always = [*ends, *([aux] if policy.aux == "always" else [])]
-    often = f"{' and '.join(always)} in every save, " if always else ""
+    often = f"{', '.join(always)} in every save, " if always else ""
     rest = f"; {aux} go with the rest" if policy.aux == "rest" else ""
     return f"{often}the rest in {_nth(policy.every)}{rest}"
 
@@ -136,5 +137,6 @@ def _layers(count: int) -> str:
 
 
 def _nth(every: int) -> str:
-    small = {1: "every save", 2: "every second save", 3: "every third save"}
-    return small.get(every, f"one save in {every}")
+    if every == 1:
+        return "every save"
+    return f"every {_ORDINALS[every - 2]} save" if every - 2 < len(_ORDINALS) else f"one save in {every}"

@@ -9,20 +9,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+from tailor_dcp.amounts import percent, size
 
-
-def size(count: int) -> str:
-    """Write a number of bytes as people read it: three digits and a decimal unit."""
-    value, unit = float(count), 0
-    while abs(value) >= 999.5 and unit < len(_UNITS) - 1:
-        value, unit = value / 1000, unit + 1
-    return f"{value:.0f} {_UNITS[unit]}" if unit == 0 or value >= 99.95 else f"{value:.3g} {_UNITS[unit]}"
-
-
-def percent(part: int, whole: int) -> str:
-    """Write a fraction as a percentage; a dash where there is no whole."""
-    return f"{100 * part / whole:.1f} %" if whole else "-"
+__all__ = ["console", "percent", "print_json", "say", "size"]
 
 
 def print_json(value: Any) -> None:

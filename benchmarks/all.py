@@ -41,6 +41,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "disk_use": (),
     "fingerprint": ("--rounds", "5"),
     "drift": (),
+    "published": ("--pairs", "1"),
 }
 """Each benchmark, and what makes it short."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,8 +13,8 @@ from tailor_dcp.copying import copy as copy_run
 
 
 def copy(
-    run: Annotated[Path, typer.Argument(help="A run's folder, or one checkpoint's.")],
-    dst: Annotated[Path, typer.Argument(help="The folder to copy to: new, or what an earlier copy has left.")],
+    run: Annotated[str, typer.Argument(help="A run's folder or URL, or one checkpoint's.")],
+    dst: Annotated[str, typer.Argument(help="The folder or URL to copy to: new, or what an earlier copy has left.")],
     verify: Annotated[bool, typer.Option("--verify", help="Compare what was copied before byte by byte.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:

@@ -153,6 +153,11 @@ def main() -> None:
         if ranks.rank() == 0:
             typer.echo(f"tailor-convert: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:  # a disk's, or a store's that nothing else gave a meaning
+        if ranks.rank() == 0:
+            what = f"{error.filename} cannot be reached: {error.strerror}" if error.filename else str(error)
+            typer.echo(f"tailor-convert: {what.rstrip('.')}.", err=True)
+        sys.exit(TailorError.exit_code)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,10 @@ def place(files: Mapping[str, Source], base: Location, target: Location, mode: C
     placement = Placement()
     touched: set[Path] = set()
     paths = [_path(name, source, base) for name, source in files.items()]
+    if mode == "reference" and real(base.run) != real(target.run):  # a save into that run would not know of it
+        why = f"a reference must stay inside the run {target.run}"
+        refused = {name: OSError(errno.EPERM, why, str(path)) for name, path in zip(files, paths, strict=True)}
+        return Placement(failures=refused)
     for (name, source), path, size in zip(files.items(), paths, sizes(paths), strict=True):
         try:
             _check(path, base, source, size)
@@ -142,8 +146,6 @@ def _copy(path: Path, target: Location, source: Source) -> str:
 
 
 def _refer(path: Path, target: Location, source: Source) -> str:
-    if not is_within(path, target.run):
-        raise OSError(errno.EPERM, f"a reference must stay inside the run {target.run}")
     if is_remote(path):
         return path.absolute_key
     # ``..`` of a symbolic link leads to where it points, and such a link may point elsewhere tomorrow.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from urllib.parse import unquote
 
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
@@ -16,7 +17,7 @@ from tailor_dcp.layers import Entry, LayerMap
 from tailor_dcp.location import is_within, real
 from tailor_dcp.metadata.compose import shape_of
 from tailor_dcp.metadata.record import UnitRecord
-from tailor_dcp.stores import sizes
+from tailor_dcp.stores import is_remote, sizes
 from tailor_dcp.units import Unit
 
 
@@ -89,7 +90,8 @@ class Contents:
         name = info.relative_path
         if name not in self._paths:
             path, run = self.base.path(name), self.base.location.run
-            if not is_within(path, run):
+            # A web server takes ``%2e%2e`` for ``..``.
+            if not is_within(path, run) or (is_remote(path) and not is_within(unquote(str(path)), unquote(str(run)))):
                 raise LoadError(
                     f"{self.folder} refers to the file {name}, which lies outside of its run {run}, so it was not "
                     f"opened; use a checkpoint whose files lie inside of the run."

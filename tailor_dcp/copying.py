@@ -15,9 +15,11 @@ from tailor_dcp.carry import sync_folder
 from tailor_dcp.census import DOOMED, walk
 from tailor_dcp.copy_job import PARTIAL, CopyJob, CopyRefusedError, Item
 from tailor_dcp.errors import NoCheckpointError, TailorError, TailorWarning
-from tailor_dcp.location import METADATA, is_url, is_within
+from tailor_dcp.location import METADATA, is_within
 from tailor_dcp.metadata.safe_pickle import read
 from tailor_dcp.ranges import Advance
+from tailor_dcp.stores import is_remote, place
+from tailor_dcp.transfer import transfer
 
 __all__ = ["Copied", "CopyRefusedError", "copy"]
 
@@ -60,9 +62,15 @@ def copy(
     Each ``.metadata`` comes after all data, so nothing at the destination looks like a checkpoint
     that is none. A copy that was cut off is continued by the same call.
 
+    Either of both may be in an object store, where a file has one name only. What several checkpoints share is then
+    stored once, where it was first written, and the others' ``.metadata`` refer to it: by absolute keys in a store, by
+    ``../step-100/…`` on a disk. So every checkpoint stays loadable with stock DCP and no byte is stored twice, but it
+    needs the older folders; ``prune`` knows that. Within one store the store copies by itself. Symbolic links are
+    left out.
+
     Args:
-        run: the run's or the checkpoint's folder.
-        dst: the folder to copy to: new, empty, or what an earlier call has left.
+        run: the run's or the checkpoint's folder, or its URL.
+        dst: the folder or URL to copy to: new, empty, or what an earlier call has left.
         verify: compare what an earlier call has copied byte by byte, not by size and time alone.
         progress: is told how many of how many bytes are done.
 
@@ -72,6 +80,11 @@ def copy(
         TailorError: a file cannot be read or written.
     """
     source, target = _places(run, dst)
+    if is_remote(source) or is_remote(target):
+        try:
+            return Copied(str(source), str(target), **asdict(transfer(source, target, verify, progress)))
+        except OSError as error:
+            raise _cannot(error, source) from error
     items = _items(source)
     _check_references(items, source)
     job = CopyJob(source, target, verify, _advance(items, progress))
@@ -82,21 +95,25 @@ def copy(
             job.bring(item)
         _settle(source, target)
     except OSError as error:
-        raise TailorError(
-            f"{error.filename or source} cannot be copied: {error.strerror}; the same command goes on from here."
-        ) from error
+        raise _cannot(error, source) from error
     sizes = {item.inode: item.size for item in items}
     naive = sum(item.size for item in items)
     return Copied(str(source), str(target), job.copied, job.linked, job.skipped, sum(sizes.values()), naive)
+
+
+def _cannot(error: OSError, source: Path) -> TailorError:
+    if isinstance(error, TailorError):
+        return error
+    return TailorError(
+        f"{error.filename or source} cannot be copied: {error.strerror}; the same command goes on from here."
+    )
 
 
 # Before anything is written ---------------------------------------------------------------
 
 
 def _places(run: str | os.PathLike[str], dst: str | os.PathLike[str]) -> tuple[Path, Path]:
-    if is_url(run) or is_url(dst):
-        raise CopyRefusedError("Only local folders can be copied; for an object store use its own tools.")
-    source, target = Path(run), Path(dst)
+    source, target = place(run), place(dst)
     if not source.is_dir():
         raise NoCheckpointError(f"{source} is no folder; name a run or a checkpoint.")
     if target.exists() and not target.is_dir():

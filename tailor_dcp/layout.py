@@ -138,7 +138,7 @@ def _files(groups: Sequence[_Group], rank: int, plan: Plan) -> list[NewFile]:
     loose = [group for group in groups if not group.whole]
     size = sum(group.size for group in loose)
     wanted = min(plan.largest, max(SMALLEST_FILE, size // (2 * plan.threads)))
-    for share in _cut(loose, -(-size // max(1, wanted))):
+    for share in _cut(loose, min(len(loose), -(-size // max(1, wanted)))):
         parts += [(blobs, False) for blobs in _filled(share, plan.largest)]
     prefix = plan.prefix.format(rank=rank)
     return [NewFile(f"{prefix}{number}.distcp", *part) for number, part in enumerate(parts)]

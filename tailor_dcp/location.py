@@ -49,7 +49,8 @@ class Location:
     @property
     def name(self) -> str:
         """The checkpoint as people call it: its path within the run."""
-        return self.folder.relative_to(self.run).as_posix()
+        name: str = self.folder.relative_to(self.run).as_posix()
+        return self.folder.name if name == "." else name
 
     def sibling(self, folder: Path) -> Path:
         """Return where ``folder``, a checkpoint of this series in a run that was moved, would be now."""
@@ -67,8 +68,13 @@ def locate(checkpoint_id: str | os.PathLike[str]) -> Location:
         found = _STEP_NAME.fullmatch(above.name)
         if found:
             series = folder.relative_to(above).as_posix()
-            return Location(folder, above.parent, int(found[1]), "" if series == "." else series)
-    return Location(folder, folder.parent, None, "")
+            return Location(folder, _run(above), int(found[1]), "" if series == "." else series)
+    return Location(folder, _run(folder), None, "")
+
+
+def _run(step: Path) -> Path:
+    """Return the folder that a step's is in. A bucket that is a checkpoint is a run of its own."""
+    return step if isinstance(step, StorePath) and step.is_bucket else step.parent
 
 
 def _absolute(path: Path) -> Path:

@@ -6,30 +6,29 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from tailor_dcp.base import Base, open_base
-from tailor_dcp.blob_copier import BlobCopier, DamagedCheckpointError, Source, Tally, unreadable
+from tailor_dcp.blob_copier import BlobCopier, DamagedCheckpointError, Source, Tally
 from tailor_dcp.companions import files_of
-from tailor_dcp.errors import TailorError, UnreadableMetadataError
-from tailor_dcp.frames import frame
+from tailor_dcp.errors import TailorError
 from tailor_dcp.inspection import unit_records
-from tailor_dcp.layout import Blob, NewFile, Plan, Stretch, lay_out
+from tailor_dcp.layout import NewFile, Plan, lay_out
 from tailor_dcp.lineage import new_save_id
-from tailor_dcp.location import METADATA, is_within
-from tailor_dcp.metadata.compose import StorageData, chunk_shape, unstored
+from tailor_dcp.live_bytes import blob_size, checked_sizes, live_blobs, source_of, stretch_of
+from tailor_dcp.location import METADATA
+from tailor_dcp.metadata.compose import StorageData
 from tailor_dcp.metadata.record import ATTRIBUTE, Record
 from tailor_dcp.new_folder import MaterializeError, NewFolder, new_folder, opened
-from tailor_dcp.ranges import Advance, ends
+from tailor_dcp.ranges import Advance
 from tailor_dcp.ranks import Ranks
-from tailor_dcp.raw_stretch import bytes_of, is_raw
-from tailor_dcp.stores import is_remote, place, same_store, sizes
+from tailor_dcp.raw_stretch import is_raw
+from tailor_dcp.stores import is_remote, place, same_store
 
 LARGEST_FILE = 4 << 30
 """Bytes after which a new file is begun; a blob is never split."""
@@ -213,9 +212,9 @@ class _First:
         """Check what can be checked, and deal the work."""
         self._asked = self._ask()
         base, target, _ = self._asked
-        blobs = _blobs(base)
-        sources = {name: _source(base, name) for name in dict.fromkeys(blob.stretch.file for blob in blobs)}
-        found = _checked_sizes(blobs, sources)
+        blobs = live_blobs(base)
+        sources = {name: source_of(base, name) for name in dict.fromkeys(blob.stretch.file for blob in blobs)}
+        found = checked_sizes(blobs, sources)
         folder = opened(target, new_save_id())
         self.folder = folder
         _written(target, folder.begin)
@@ -223,7 +222,7 @@ class _First:
         if is_remote(target):
             whole = {name: size for name, size in whole.items() if same_store(sources[name].path, target)}
         prefix = f"__{{rank}}_{folder.save_id[:8]}_"
-        blobs = [blob._replace(size=_size(blob.stretch)) for blob in blobs]
+        blobs = [blob._replace(size=blob_size(blob.stretch)) for blob in blobs]
         plan = Plan(prefix, self._ranks.count, self._manner.threads, self._manner.largest_file, whole)
         self._job = _Job(target, folder.save_id, lay_out(blobs, plan), sources)
         return self._job
@@ -268,87 +267,6 @@ def _advance(total: int, progress: Progress | None) -> Advance:
                 progress(min(done, total), total)  # frames are no part of what is copied
 
     return advance
-
-
-# What to copy -----------------------------------------------------------------------------
-
-
-def stretch_of(index: MetadataIndex, info: _StorageInfo, metadata: Metadata) -> Stretch:
-    """Return where a chunk lies."""
-    lies = Stretch(info.relative_path, info.offset, info.length)
-    entry = metadata.state_dict_metadata.get(index.fqn)
-    if not is_raw(info) or not isinstance(entry, TensorStorageMetadata):
-        return lies
-    return lies._replace(shape=tuple(chunk_shape(index, entry)), dtype=entry.properties.dtype)
-
-
-def _blobs(base: Base) -> list[Blob]:
-    """Return the live bytes in the order of the state dict, each once; their sizes are still the stretches'.
-
-    Raises:
-        UnreadableMetadataError: they cannot be what a save has written.
-    """
-    source = base.location.folder / METADATA
-    missing = unstored(base.metadata)
-    if missing:
-        raise UnreadableMetadataError(f"{source} does not tell where {missing[0]} is stored; nothing was copied.")
-    infos = [info for blobs in base.blobs.values() for _, info in blobs]
-    for name in dict.fromkeys(info.relative_path for info in infos):
-        if name not in base.files and not is_within(base.path(name), base.location.run):
-            raise UnreadableMetadataError(
-                f"{source} names {name}, which lies outside of the run {base.location.run}; nothing was copied."
-            )
-    crcs = base.record.crcs if base.record else {}
-    found: dict[Stretch, Blob] = {}
-    for index, info in (pair for blobs in base.blobs.values() for pair in blobs):
-        stretch = stretch_of(index, info, base.metadata)
-        known = crcs.get(stretch.file, {}).get(stretch.offset)
-        found.setdefault(stretch, Blob(stretch, stretch.length, known, index.fqn))
-    for one, other in pairwise(sorted(found, key=lambda stretch: stretch[:3])):
-        # Overlapping ones could make a small file fill a disk.
-        if one.file == other.file and one.end > other.offset:
-            raise UnreadableMetadataError(
-                f"{source} places two entries in the same bytes of {one.file}; it is damaged."
-            )
-    for stretch in found:
-        told = bytes_of(stretch.shape, stretch.dtype) if stretch.shape is not None and stretch.dtype else None
-        if stretch.offset < 0 or stretch.length < 0 or (told is not None and (told != stretch.length or not told)):
-            raise UnreadableMetadataError(f"{source} tells two sizes of what is in {stretch.file}; it is damaged.")
-    return list(found.values())
-
-
-def _source(base: Base, name: str) -> Source:
-    mark = base.record.marks.get(name) if base.record else None
-    return Source(base.path(name), mark, base.location.folder)
-
-
-def _checked_sizes(blobs: Sequence[Blob], sources: Mapping[str, Source]) -> dict[str, int]:
-    """Return the bytes of each file.
-
-    Raises:
-        DamagedCheckpointError: one is missing, or has fewer than are needed.
-    """
-    needed: dict[str, int] = {}
-    for blob in blobs:
-        needed[blob.stretch.file] = max(needed.get(blob.stretch.file, 0), blob.stretch.end)
-    found = dict(zip(sources, sizes([source.path for source in sources.values()]), strict=True))
-    checked = {}
-    for name, size in found.items():
-        path = sources[name].path
-        if size is None:
-            raise DamagedCheckpointError(f"{path} is missing, or is no file; use another checkpoint.")
-        if size < needed[name]:
-            raise unreadable(path, ends(size, needed[name]))
-        checked[name] = size
-    return checked
-
-
-def _size(stretch: Stretch) -> int:
-    """Return the bytes of the blob that a stretch becomes. Only of what is known to be there: a frame takes as much."""
-    if stretch.shape is None or stretch.dtype is None:
-        return stretch.length
-    before, after = frame(stretch.shape, stretch.dtype, 0)
-    return len(before) + stretch.length + len(after)
 
 
 # Writing it down --------------------------------------------------------------------------

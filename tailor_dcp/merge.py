@@ -21,6 +21,7 @@ from tailor_dcp.recipes.errors import RecipeError
 from tailor_dcp.recipes.mergekit_data import Plan
 from tailor_dcp.recipes.native import Recipe
 from tailor_dcp.recipes.native_file import native
+from tailor_dcp.store_path import place
 
 Progress = Callable[[int, int], None]
 
@@ -119,7 +120,7 @@ def merge(
 
 def _read(recipe: str | os.PathLike[str] | Mapping[str, Any], allow: tuple[str, ...]) -> Recipe | Plan:
     """Read a recipe of any of the three kinds."""
-    document = Document("the recipe", dict(recipe)) if isinstance(recipe, Mapping) else load(Path(recipe))
+    document = Document("the recipe", dict(recipe)) if isinstance(recipe, Mapping) else load(place(recipe))
     if llmtailor.is_plan(document.data):
         return llmtailor.translate(document, Opener(allow).index)
     if isinstance(document.data, dict) and _PLANS & document.data.keys():

@@ -227,7 +227,9 @@ class Checkpoint(Mapping[str, Any]):
                 stored = _StorageReaderTransforms().transform_load_stream(None, info.transform_descriptors, raw)  # type: ignore[arg-type]
                 raw = io.BytesIO(stored.read())
         except (DamagedSourceError, OSError, ValueError, RuntimeError, ImportError) as error:
-            raise LoadError(f"{path}, which holds {self._contents.described(key)}, cannot be read: {error}.") from error
+            raise LoadError(
+                f"{path}, which holds {self._contents.described(key)}, cannot be read: {str(error).rstrip('.')}."
+            ) from error
         return raw
 
     def _damaged(self, key: str, why: str) -> LoadError:

@@ -85,6 +85,14 @@ class _OpenFile:
             self.descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             raise DamagedSourceError(f"{path} cannot be opened: {error.strerror}.") from error
+        self._status = os.fstat(self.descriptor)
+
+    def is_at(self, path: Path) -> bool:
+        """Tell whether the path still leads to this file, and not to one that was put in its place."""
+        try:
+            return os.path.samestat(self._status, path.stat())
+        except OSError:
+            return False
 
     def __enter__(self) -> _OpenFile:
         return self
@@ -106,7 +114,9 @@ class _Files:
 
     def use(self, path: Path) -> _OpenFile:
         with self._lock:
-            file = self._open.pop(path, None) or _OpenFile(path)
+            file = self._open.pop(path, None)
+            if file is None or not file.is_at(path):
+                file = _OpenFile(path)
             self._open[path] = file
             if len(self._open) > _OPEN_FILES:
                 self._open.popitem(last=False)

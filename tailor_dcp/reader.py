@@ -22,6 +22,7 @@ from tailor_dcp.metadata.compose import chunk_shape
 from tailor_dcp.metadata.record import record_of, save_id_of
 from tailor_dcp.metadata.safe_pickle import read
 from tailor_dcp.open_checkpoint import Checkpoint
+from tailor_dcp.open_files import close_files
 from tailor_dcp.reading import Entry, Read, Reading
 from tailor_dcp.store_path import place
 
@@ -114,12 +115,15 @@ class LayerwiseReader(StorageReader):
             LoadError: a file is missing, too short or damaged, or a dtype or shape differs.
         """
         ranks = plan.storage_data if isinstance(plan.storage_data, int) else 1
-        if self.atomic:
-            self._read_beside(plan, planner, ranks)
-        else:
-            reading = self._reading(plan, planner)
-            reading.fill([one.target for one in reading.reads])
-            reading.commit()
+        try:
+            if self.atomic:
+                self._read_beside(plan, planner, ranks)
+            else:
+                reading = self._reading(plan, planner)
+                reading.fill([one.target for one in reading.reads])
+                reading.commit()
+        finally:
+            close_files()  # what is removed while it is open goes on taking room on the disk
         future: Future[None] = Future()
         future.set_result(None)
         return future

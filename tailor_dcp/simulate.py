@@ -112,7 +112,7 @@ def simulate(
         )
     state = model if isinstance(model, State) else state_of(model, optimizer, dtype, frozen)
     rule = parse_policy(policy)
-    if getattr(rule, "needs_sketches", False):
+    if rule.needs_drift:
         raise SimulationError(
             f"{rule} looks at how far weights have moved, which only training tells; see `make quality`."
         )

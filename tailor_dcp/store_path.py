@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import stat as modes
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 from tailor_dcp.errors import TailorError
 
+_LOCAL = re.compile(r"(?:file|local)://")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+._:-]*://")  # a chain of stores has colons
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _CHANGED = ("LastModified", "last_modified", "mtime", "updated", "modified", "created")
 """What stores call the time at which an object was put."""
@@ -29,9 +32,9 @@ class StoreUnavailableError(TailorError):
 
 
 def is_url(checkpoint_id: str | os.PathLike[str]) -> bool:
-    """Tell an object store's address from a local path; ``file://`` is local."""
+    """Tell an object store's address from a local path; ``file://`` and ``local://`` are local."""
     text = os.fspath(checkpoint_id)
-    return "://" in text and not text.startswith("file://")
+    return _URL.match(text) is not None and _LOCAL.match(text) is None
 
 
 def place(where: str | os.PathLike[str]) -> Path:
@@ -47,14 +50,14 @@ def place(where: str | os.PathLike[str]) -> Path:
         return where
     text = os.fspath(where)
     if not is_url(text):
-        return Path(text.removeprefix("file://"))
+        return Path(_LOCAL.sub("", text, count=1) if _LOCAL.match(text) else text)
     fs, address = _opened(text)
     key = address.strip("/")
     protocol = text.partition("://")[0]
     stem = text.rstrip("/")
     # sftp://host/path: what is before the key names the server. s3://bucket/key has no server.
     server = stem[: len(stem) - len(key)].rstrip("/") if stem.endswith(key) else f"{protocol}:"
-    prefix = f"{protocol}://" if server == f"{protocol}:" else f"{server}/"
+    prefix = f"{protocol}://" if server == f"{protocol}:" else f"{server}/" if server else ""  # http: all is the key
     return StorePath(fs, prefix, "/" if address.startswith("/") else "", key)
 
 
@@ -159,6 +162,11 @@ class StorePath(_Base):
     def parent(self) -> StorePath:
         """The folder that it is in; a store's top is its own."""
         return self._at(self.key.rpartition("/")[0])
+
+    @property
+    def is_bucket(self) -> bool:
+        """Whether nothing is above it but the list of all buckets, most of them other people's."""
+        return not self._root and "/" not in self.key
 
     @property
     def parents(self) -> Sequence[StorePath]:

@@ -277,6 +277,16 @@ def test_references_stay_inside_the_run(tmp_path: Path) -> None:
     assert other.origins(folder) == dict.fromkeys(LAYERS, 200)
 
 
+def test_a_base_of_a_run_below_is_not_referred_to(tmp_path: Path) -> None:
+    """That run does not look above itself before it removes what it saves again."""
+    base = Run(tmp_path / "one" / "below").save(100)
+    other = Run(tmp_path / "one")
+    with heard_warnings() as said:
+        folder = other.save(200, due(L1), base=base, carry="reference")
+    assert len(said) == 1 and "inside the run" in said[0]
+    assert other.origins(folder) == dict.fromkeys(LAYERS, 200)
+
+
 def test_a_base_of_another_run_can_be_linked(tmp_path: Path) -> None:
     """A link needs nothing of the other run later, so fine-tuning may start from it."""
     base = Run(tmp_path / "one").save(100)

@@ -124,3 +124,21 @@ def test_the_installed_command_is_this_one(run: Run) -> None:
     command = Path(sys.executable).with_name("tailor")
     done = subprocess.run([command, "inspect", run.path(200), "--json"], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and json.loads(done.stdout)["step"] == 200
+
+
+@pytest.mark.parametrize(
+    "verb", [("inspect",), ("diff", "memory://x"), ("merge", "--base"), ("prune", "--keep-last", "1")]
+)
+def test_a_store_that_cannot_be_reached_is_one_sentence(verb: tuple[str, ...], tailor, monkeypatch) -> None:
+    """Whatever its library raises, such as of credentials that are missing."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    def refused(*_: object, **__: object) -> None:
+        raise RuntimeError("Unable to locate credentials")
+
+    monkeypatch.setattr(MemoryFileSystem, "info", refused)
+    command, *options = verb
+    last = ["memory://out/merged"] if command == "merge" else []
+    code, out, err = tailor(command, *options, "memory://away/run/step-1", *last)
+    assert (code, out) == (2, "") and err.startswith("tailor: ") and err.count("\n") == 1
+    assert "Unable to locate credentials" in err or (command == "prune" and "memory://away/run/step-1 is" in err)

@@ -6,22 +6,30 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed.checkpoint as dcp
 import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from typer.testing import CliRunner
 
 from tailor_dcp.cli.copy import copy as command
 from tailor_dcp.copying import CopyRefusedError, copy
 from tailor_dcp.errors import NoCheckpointError, TailorWarning
+from tailor_dcp.materialize import materialize
 from tailor_dcp.prune import prune
 from tailor_dcp.runs import commits, latest
+from tailor_dcp.stores import place
+from tailor_dcp.writer import LayerwiseWriter
 from tests.support.forks import disk_use, killed_at
-from tests.support.runs import L0, LAYERS, Run, due
+from tests.support.runs import L0, LAYERS, Run, due, named, record, unheard
+from tests.support.stores import empty_memory, memory_run, s3_run
+from tests.support.world import flat, keys, state
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected an existing checkpoint", "ignore::tailor_dcp.TailorWarning")
 
@@ -215,6 +223,72 @@ def test_an_unreadable_checkpoint_is_copied_as_it_is(run: Run, tmp_path: Path) -
     with pytest.warns(TailorWarning, match="copied as it is"):
         copy(run.folder, tmp_path / "copy")
     assert (tmp_path / "copy" / "step-100" / ".metadata").read_bytes() == b"garbage"
+
+
+@pytest.fixture(params=["memory", "s3"])
+def store(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of a run in a store."""
+    if request.param == "memory":
+        empty_memory()
+        yield memory_run()
+    else:
+        request.getfixturevalue("s3")
+        yield s3_run()
+
+
+def stock_steps(run: Run, url: str) -> dict[str, int]:
+    """Return what each tensor's step is as DCP's own reader for stores loads it."""
+    target = state(run.model, 0, None, empty=True)
+    with unheard():
+        dcp.load(target, storage_reader=FsspecReader(url))
+    got = flat(target)
+    return {key: run._step(key, *known, got[key]) for key, known in keys(run.model).items()}
+
+
+@pytest.mark.parametrize(
+    ("store", "carry"), [("memory", "link"), ("memory", "reference"), ("s3", "link")], indirect=["store"]
+)
+def test_to_a_store_and_back(run: Run, tmp_path: Path, store: str, carry: str) -> None:
+    """Stock DCP loads every checkpoint there and here, no byte is stored twice, and a second call copies nothing."""
+    run.save(100, writer=LayerwiseWriter)
+    for step, layer in ((200, LAYERS[1]), (300, LAYERS[2]), (400, LAYERS[3])):
+        run.save(step, due(layer), carry=carry, writer=LayerwiseWriter)
+    before, size = held(run), disk_use(run.folder)
+    there = copy(run.folder, store)
+    data = sum(path.stat().st_size for path in place(store).rglob("*.distcp"))
+    assert data == sum({p.stat().st_ino: p.stat().st_size for p in run.folder.rglob("*.distcp")}.values())
+    assert there.bytes == there.copied == size
+    assert {name: stock_steps(run, f"{store}/{name}") for name in before} == before
+    assert copy(run.folder, store).skipped == len(list(place(store).rglob("*.distcp")))
+    elsewhere = store.replace("/run", "/moved/run")
+    copy(store, elsewhere)
+    for path in list(place(store).rglob("*")):
+        path.unlink()
+    assert {name: stock_steps(run, f"{elsewhere}/{name}") for name in before} == before
+    shutil.rmtree(run.folder)
+    copy(elsewhere, tmp_path / "back")
+    back = moved(run, tmp_path / "back")
+    assert held(back) == before
+    assert [c.folder.name for c in commits(back.folder)] == ["step-100", "step-200", "step-300", "step-400"]
+    assert sum(p.stat().st_size for p in back.folder.rglob("*.distcp")) == data
+    assert record(back.path(400))["crcs"].keys() == named(back.path(400)), "checksums were lost on the way"
+    made = materialize(back.path(400), tmp_path / "whole")
+    assert made.checked == made.blobs
+    prune(back.folder, keep_last=1)
+    assert back.steps_of(400) == before["step-400"]
+
+
+def test_what_is_refused_in_a_store(run: Run, tmp_path: Path, store: str) -> None:
+    """Something else that is there; a checkpoint without the run that it refers to."""
+    fill(run, "reference", 2)
+    place(f"{store}/thesis.tex").write_bytes(b"years")
+    with pytest.raises(CopyRefusedError, match=r"thesis\.tex is not of"):
+        copy(run.folder, store)
+    with pytest.raises(CopyRefusedError, match="tailor materialize"):
+        copy(run.path(200), f"{store}/other")
+    assert [path.name for path in place(store).rglob("*")] == ["thesis.tex"]
+    with pytest.raises(NoCheckpointError):
+        copy(f"{store}/nothing", tmp_path / "copy")
 
 
 def test_the_command(run: Run, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint._extension import ZStandard
 
-from tailor_dcp import LayerwiseReader, LayerwiseWriter
+from tailor_dcp import LayerwiseReader, LayerwiseWriter, open_checkpoint
 from tailor_dcp.errors import DamagedSourceError, LoadError, NoCheckpointError
 from tailor_dcp.load_planner import LayerwiseLoadPlanner
 from tests.support import meshes
@@ -404,3 +404,27 @@ def fails_on_one_rank(group: Any, path: str) -> tuple[bool, str]:
         reading.fetch = real
     mine, theirs = flat(target), flat(before)
     return all(torch.equal(torch.as_tensor(mine[k]), torch.as_tensor(theirs[k])) for k in mine), told
+
+
+@pytest.mark.parametrize("options", [{}, {"atomic": True}, {"verify": True}])
+def test_a_file_that_was_put_in_the_place_of_another_is_read(tmp_path: Path, options: dict[str, bool]) -> None:
+    """A folder that is removed and saved again has files of the same names; none that is gone stays open."""
+    opened = None
+    for value in (1.0, 2.0):
+        dcp.save({"a": torch.full((4,), value), "b": torch.zeros(3)}, checkpoint_id=tmp_path / "step-1")
+        target = {"a": torch.zeros(4)}
+        dcp.load(target, storage_reader=LayerwiseReader(tmp_path / "step-1", **options))
+        opened = opened or open_checkpoint(tmp_path / "step-1")
+        assert target["a"].tolist() == opened["a"].tolist() == [value] * 4
+        shutil.rmtree(tmp_path / "step-1")
+    with pytest.raises(LoadError, match="missing"):
+        opened["a"]
+
+
+def test_a_load_leaves_no_file_open(tmp_path: Path) -> None:
+    """Bytes that are removed while a file is open go on taking room on the disk."""
+    dcp.save({"a": torch.ones(4)}, checkpoint_id=tmp_path)
+    for _ in range(3):
+        dcp.load({"a": torch.zeros(4)}, storage_reader=LayerwiseReader(tmp_path))
+    held = {os.path.realpath(name) for name in Path("/proc/self/fd").iterdir()}
+    assert not any(name.startswith(str(tmp_path)) for name in held)

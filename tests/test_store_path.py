@@ -91,3 +91,26 @@ def test_what_a_store_says_becomes_one_sentence(s3: S3) -> None:
     with s3.proxy.failing(Fault("PUT", "/x", "503")), pytest.raises(OSError, match="reduce") as caught:
         path.write_bytes(b"x")
     assert caught.value.filename == str(path) and "\n" not in str(caught.value.strerror)
+
+
+def test_only_what_begins_with_a_scheme_is_a_url(tmp_path: Path) -> None:
+    """A name may have anything in it; and what fsspec calls ``local`` has symbolic links, which only pathlib sees."""
+    assert place(f"local://{tmp_path}") == place(f"{tmp_path}") == tmp_path
+    for name in (f"{tmp_path}/a://b", "://x", "runs/a%20b c"):
+        assert not is_url(name) and place(name) == Path(name)
+
+
+def test_a_bucket_that_is_a_checkpoint_is_its_own_run(s3: S3) -> None:
+    """What lies beside it are other people's buckets."""
+    for bucket in (place("s3://bucket"), place("s3://step-100")):
+        here = locate(bucket)
+        assert here.run == bucket and here.name == bucket.name
+        assert not is_within(bucket / "/other/key", here.run) and is_within(bucket / "key", here.run)
+
+
+def test_a_url_without_a_store_of_its_own_is_found_again() -> None:
+    """To fsspec a web server's whole URL is the key."""
+    pytest.importorskip("aiohttp")
+    path = place("http://127.0.0.1:9/run/step-1")
+    assert str(path) == "http://127.0.0.1:9/run/step-1" and place(str(path)) == path
+    assert str(locate(path).run) == "http://127.0.0.1:9/run"

@@ -33,6 +33,7 @@ from tailor_dcp import (
 from tailor_dcp.base import open_base
 from tailor_dcp.errors import LoadError, TailorError
 from tailor_dcp.location import METADATA
+from tailor_dcp.metadata.pickle_writer import dumps
 from tailor_dcp.prune import PruneRefusedError
 from tailor_dcp.recipes.errors import RecipeError
 from tailor_dcp.store_path import place
@@ -343,6 +344,43 @@ def test_a_merge_that_fails_leaves_nothing(there: Run, s3: S3) -> None:
     ):
         merge({"base": str(there.path(300))}, f"{there.folder}/merged")
     assert not there.path("merged").exists()
+
+
+def test_a_merge_of_a_run_below_keeps_what_it_needs(memory: Run) -> None:
+    """The run below does not look above itself before it removes what it saves again."""
+    memory.save(100, "full", writer=LayerwiseWriter)
+    above = f"{memory.folder.parent}/merged"
+    merge({"base": str(memory.path(100))}, above)
+    held = ours(memory, place(above))
+    lineage.forget()
+    memory.save(100, "full", writer=LayerwiseWriter)
+    got = ours(memory, place(above))
+    assert all(torch.equal(got[key], value) for key, value in held.items() if isinstance(value, torch.Tensor))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "%2e%2e/%2e%2e/key",
+        "%2E./..%2fkey",
+        "/other/key",
+        "../../key",
+        "x/../../../key",
+        "/{run}/../key",
+        "memory://../../../key",
+    ],
+)
+def test_nothing_outside_of_the_run_is_reached(memory: Run, name: str) -> None:
+    """Some stores take ``%2e`` for a dot; whatever a store would make of it, it is not asked."""
+    folder = memory.save(100, "full", writer=LayerwiseWriter)
+    base = open_base(folder)
+    for info in base.metadata.storage_data.values():
+        info.relative_path = name.replace("{run}", memory.folder.key)  # type: ignore[attr-defined]
+    (folder / METADATA).write_bytes(dumps(base.metadata))
+    with pytest.raises(CheckpointException, match="lies outside of its run"):
+        ours(memory, folder)
+    with pytest.raises(LoadError, match="lies outside of its run"):
+        open_checkpoint(str(folder))[f"model.{L0}.w"]
 
 
 def test_pruning_is_refused(memory: Run) -> None:

@@ -41,6 +41,10 @@ def main() -> None:
     except TailorError as error:
         typer.echo(f"tailor: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:  # a disk's, or a store's that nothing else gave a meaning
+        what = f"{error.filename} cannot be reached: {error.strerror}" if error.filename else str(error)
+        typer.echo(f"tailor: {what.rstrip('.')}.", err=True)
+        sys.exit(TailorError.exit_code)
 
 
 def _say(message: Warning | str, *_: object, **__: object) -> None:

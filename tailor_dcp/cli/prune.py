@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,7 +18,7 @@ _STYLES = {"keep": "", "strip": "yellow", "remove": "red"}
 
 
 def prune(
-    run: Annotated[Path, typer.Argument(help="A run's folder, whose sub-folders are its checkpoints.")],
+    run: Annotated[str, typer.Argument(help="A run's folder, whose sub-folders are its checkpoints.")],
     keep_last: Annotated[int | None, typer.Option(help="Keep as many, counted in the order of saving.")] = None,
     keep_every: Annotated[int | None, typer.Option(help="Keep those whose step is a multiple.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,

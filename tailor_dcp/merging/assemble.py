@@ -24,7 +24,7 @@ from tailor_dcp.crc import crc32
 from tailor_dcp.errors import TailorError
 from tailor_dcp.file_marks import mark_of
 from tailor_dcp.lineage import new_save_id
-from tailor_dcp.location import is_within, locate
+from tailor_dcp.location import locate
 from tailor_dcp.locks import Lock
 from tailor_dcp.merging.remap import File, Remapped
 from tailor_dcp.metadata.record import ATTRIBUTE
@@ -97,8 +97,10 @@ def _refer(files: Mapping[str, File], out: StorePath) -> dict[str, str]:
     """Return what each file is called in a store: where it is, if that is in the result's run, or a copy's name."""
     names: dict[str, str] = {}
     taken: set[Path] = set()
+    run = locate(out).run
     for name, file in files.items():
-        if is_remote(file.path) and is_within(file.path, locate(out).run):
+        # A run that lies within the result's run looks no higher before it removes what it saves again.
+        if is_remote(file.path) and locate(file.path.parent).run == run:
             names[name] = file.path.absolute_key
             continue
         if not same_store(file.path, out):

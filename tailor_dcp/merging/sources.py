@@ -55,6 +55,8 @@ def path_of(name: str) -> Path:
         if path.exists() or at is None:
             return path
     except OSError as error:
+        if is_url(path):
+            raise RecipeError(f"{name} cannot be reached: {error.strerror}.") from error
         raise RecipeError(f"{name[:60]}… is no path ({error.strerror}); give a checkpoint's.") from error
     run = place(at["run"])
     if not run.is_dir():

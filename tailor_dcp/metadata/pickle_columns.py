@@ -30,7 +30,7 @@ class _OddError(Exception):
 
 def read_rows(m: Machine, asked: Asked, start: int) -> bool:
     """Read the rows that begin where the file refers to a class; false if there are none."""
-    if not m.data.startswith(_BEGINS, m.pos):
+    if start < m.odd or not m.data.startswith(_BEGINS, m.pos):
         return False
     if asked not in m.layouts:
         m.layouts[asked] = layouts(asked, m.where.get)
@@ -40,6 +40,7 @@ def read_rows(m: Machine, asked: Asked, start: int) -> bool:
             try:
                 m.stack += _READERS[asked](m, rows)
             except _OddError:
+                m.odd = start + rows.nbytes
                 return False
             m.pos = start + rows.nbytes
             return True

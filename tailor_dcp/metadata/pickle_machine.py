@@ -48,6 +48,7 @@ class Machine:
         self.known: dict[bytes, tuple[list[Any], list[Any]]] = {}
         self.texts: dict[bytes, str] = {}
         self.layouts: dict[Asked, list[Layout]] = {}
+        self.odd = 0  # up to here rows are interpreted: each that is tried anew would be looked through to the end
 
     def run(self) -> Any:
         """Interpret the whole file and return what it stands for."""

@@ -115,6 +115,8 @@ class _Places:
             columns["transforms"] = [info.transform_descriptors for _, info in group]
             _are(columns["transforms"], tuple)
             _are(chain.from_iterable(columns["transforms"]), str)
+            if not all(columns["transforms"]):  # no pickler notes an empty tuple in its memo
+                raise _UnusualError
         return columns
 
 

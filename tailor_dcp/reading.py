@@ -241,7 +241,13 @@ class Reading:
             if known is not None:
                 good = _crc(path, info.offset, info.length) == known
             elif found is not None:
-                good = _crc(path, info.offset + found.start, found.bytes) == self._descriptor(one, found)
+                stored = self._descriptor(one, found)
+                good = _crc(path, info.offset + found.start, found.bytes) == stored
+                if not good and stored == 0:
+                    raise LoadError(
+                        f"{path} has no checksum of {self.contents.described(one.key)}, as torch was told to write "
+                        f"none; load it without verify=True."
+                    )
             else:
                 good = _archive_is_good(self._raw(info))
         if not good:

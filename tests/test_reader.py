@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint._extension import ZStandard
+from torch.serialization import set_crc32_options
 
 from tailor_dcp import LayerwiseReader, LayerwiseWriter, open_checkpoint
 from tailor_dcp.errors import DamagedSourceError, LoadError, NoCheckpointError
@@ -428,3 +429,18 @@ def test_a_load_leaves_no_file_open(tmp_path: Path) -> None:
         dcp.load({"a": torch.zeros(4)}, storage_reader=LayerwiseReader(tmp_path))
     held = {os.path.realpath(name) for name in Path("/proc/self/fd").iterdir()}
     assert not any(name.startswith(str(tmp_path)) for name in held)
+
+
+def test_without_checksums_verify_says_so(tmp_path: Path) -> None:
+    """Torch can be told to write none; that is no damage, and loading works."""
+    set_crc32_options(False)
+    try:
+        dcp.save({"w": torch.ones(9)}, checkpoint_id=tmp_path / "step-1")
+    finally:
+        set_crc32_options(True)
+    target = {"w": torch.zeros(9)}
+    with pytest.raises(dcp.api.CheckpointException, match="has no checksum of w"):
+        dcp.load(target, storage_reader=LayerwiseReader(tmp_path / "step-1", verify=True))
+    assert not target["w"].any()
+    dcp.load(target, storage_reader=LayerwiseReader(tmp_path / "step-1"))
+    assert target["w"].all()

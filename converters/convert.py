@@ -170,6 +170,10 @@ def _opened(
     dry_run: bool,
 ) -> tuple[Catalog, Path, Path]:
     """Return what is to be written, the name that it grows under and the one that it will have."""
+    if is_url(source):
+        raise ConversionError(
+            f"{os.fspath(source)} is on an object store; bring it here with `tailor materialize` first."
+        )
     place, final = _named(target, dry_run)
     found = source_of(Path(source), from_)
     opened = found.open(Path(source), options)

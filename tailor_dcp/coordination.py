@@ -10,8 +10,8 @@ from typing import NamedTuple
 from torch.distributed.checkpoint.filesystem import _StoragePrefix
 from torch.distributed.checkpoint.planner import SavePlan
 
-from tailor_dcp.base import Base
 from tailor_dcp import drifts
+from tailor_dcp.base import Base
 from tailor_dcp.changes import Parts, remembered
 from tailor_dcp.decision import Decision
 from tailor_dcp.errors import ConflictingStateError

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from tailor_dcp.errors import DamagedSourceError
-from tailor_dcp.open_files import announce, read_all_into, spread
+from tailor_dcp.open_files import announce, read_all_into, renew, spread
 from tailor_dcp.staging import batches
 from tailor_dcp.stores import Range, StorePath, is_remote, read_ranges
 
@@ -60,6 +60,7 @@ def fetch(fetches: Iterable[Fetch], threads: int) -> None:
     joined = list(_joined(sorted(_cut(fetches), key=lambda one: (str(one.path), one.offset))))
     _read_objects([call for call in joined if is_remote(call.path)])
     calls = deque(call for call in joined if not is_remote(call.path))
+    renew({call.path for call in calls})
     if sum(call.size for call in calls) <= _LITTLE:
         _read_little(list(calls))
         return

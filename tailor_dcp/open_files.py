@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,11 +21,14 @@ def read_file(path: Path, offset: int, into: memoryview) -> None:
     Raises:
         DamagedSourceError: the file is gone, ends before, or cannot be read.
     """
+    renew([path])
     read_all_into(path, offset, [into])
 
 
 def read_all_into(path: Path, offset: int, into: Sequence[memoryview]) -> None:
     """Fill several stretches of memory with a file's bytes from ``offset`` on, one after the other.
+
+    The caller says ``renew`` beforehand, once for many of them.
 
     Raises:
         DamagedSourceError: the file is gone, ends before, or cannot be read.
@@ -114,13 +117,18 @@ class _Files:
 
     def use(self, path: Path) -> _OpenFile:
         with self._lock:
-            file = self._open.pop(path, None)
-            if file is None or not file.is_at(path):
-                file = _OpenFile(path)
+            file = self._open.pop(path, None) or _OpenFile(path)
             self._open[path] = file
             if len(self._open) > _OPEN_FILES:
                 self._open.popitem(last=False)
             return file
+
+    def renew(self, paths: Iterable[Path]) -> None:
+        with self._lock:
+            for path in paths:
+                file = self._open.get(path)
+                if file is not None and not file.is_at(path):
+                    del self._open[path]
 
     def close(self) -> None:
         with self._lock:
@@ -128,6 +136,11 @@ class _Files:
 
 
 _files = _Files()
+
+
+def renew(paths: Iterable[Path]) -> None:
+    """Let go of files that another has been put in the place of since they were opened, or nothing."""
+    _files.renew(paths)
 
 
 def close_files() -> None:

@@ -367,7 +367,7 @@ def test_a_merge_of_a_run_below_keeps_what_it_needs(memory: Run) -> None:
         "../../key",
         "x/../../../key",
         "/{run}/../key",
-        "memory://../../../key",
+        "memory://x/../../../../../key",
     ],
 )
 def test_nothing_outside_of_the_run_is_reached(memory: Run, name: str) -> None:

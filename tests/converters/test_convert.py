@@ -115,6 +115,7 @@ def test_weights_only_layers_and_dtype(checkpoint: Path, tmp_path: Path) -> None
         (("nowhere", "out", "--to", "dcp"), "nowhere"),
         (("run", "out", "--to", "dcp"), "--from"),
         (("run/step-10", "s3://bucket/out", "--to", "dcp"), "object store"),
+        (("s3://bucket/step-10", "out", "--to", "hf"), "s3://bucket/step-10 is on an object store"),
         (("run/step-10", "out", "--to", "dcp", "--dtype", "fp7"), "fp7"),
         (("run/step-10", "out", "--to", "dcp", "--max-shard-size", "many"), "many"),
         (("run/step-10", "out", "--to", "dcp", "--allow", "no.Such"), "no.Such"),

@@ -91,7 +91,8 @@ class Contents:
         if name not in self._paths:
             path, run = self.base.path(name), self.base.location.run
             # A web server takes ``%2e%2e`` for ``..``.
-            if not is_within(path, run) or (is_remote(path) and not is_within(unquote(str(path)), unquote(str(run)))):
+            coded = is_remote(path) and "%" in name
+            if not is_within(path, run) or (coded and not is_within(unquote(str(path)), unquote(str(run)))):
                 raise LoadError(
                     f"{self.folder} refers to the file {name}, which lies outside of its run {run}, so it was not "
                     f"opened; use a checkpoint whose files lie inside of the run."

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import struct
+import sys
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -79,6 +80,9 @@ def _interpreted(head: bytes) -> Plain | None:
         return None
     _, name, extra = _LOCAL.unpack_from(head)
     if not head[_LOCAL.size : _LOCAL.size + name].endswith(b"/data.pkl"):
+        return None
+    _, written, order = head.rpartition(b"/byteorder")
+    if written and sys.byteorder.encode() not in order:  # another machine's, whose bytes torch turns round
         return None
     keys: list[str] = []
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import zipfile
 from typing import Any
 
@@ -91,3 +92,13 @@ def test_a_flipped_bit_never_gives_another_tensor(place: int, bit: int) -> None:
         return  # torch is stricter about names that nothing depends on
     assert (found.shape, found.dtype) == (tuple(theirs.shape), theirs.dtype)
     assert bytes(blob[found.start : found.start + found.bytes]) == raw(theirs)
+
+
+def test_bytes_of_a_machine_with_another_order_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.BytesIO()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "byteorder", "big" if sys.byteorder == "little" else "little")
+        torch.save(torch.arange(5.0), stream)
+    blob = stream.getvalue()
+    assert plain(blob[:HEAD], len(blob)) is None
+    assert not torch.equal(torch.load(io.BytesIO(blob)), torch.arange(5.0))

@@ -18,8 +18,15 @@ from tests.support.world import load, state
 from tests.test_laws import Saved, check
 
 
-@pytest.mark.parametrize("executor", ["thread", "process"])
-@pytest.mark.parametrize("staging", ["plain", "staged"])
+@pytest.mark.parametrize(
+    ("staging", "executor"),
+    [
+        pytest.param("plain", "thread", marks=pytest.mark.long),  # the other three go through all of its parts
+        ("staged", "thread"),
+        ("plain", "process"),
+        ("staged", "process"),
+    ],
+)
 def test_async_saves_obey_the_laws(tmp_path: Path, stock_fleet: Fleet, executor: str, staging: str) -> None:
     """Only due units are written; a save that failed and one in flight are never carried from."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

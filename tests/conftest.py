@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 from tailor_dcp import lineage
 from tests.support.fleet import Fleet
-from tests.support.stores import S3
+from tests.support.stores import S3, empty_memory, memory_run, s3_run
 
 _LONG = bool(os.environ.get("TAILOR_TEST_LONG"))
 settings.register_profile(
@@ -51,3 +51,14 @@ def s3() -> Iterator[S3]:
     server = S3()
     yield server
     server.close()
+
+
+@pytest.fixture(params=["memory", "s3"])
+def store(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of an empty folder in a store."""
+    if request.param == "memory":
+        empty_memory()
+        yield memory_run()
+    else:
+        request.getfixturevalue("s3")
+        yield s3_run()

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from tailor_dcp.stores import place
 from tailor_dcp.writer import LayerwiseWriter
 from tests.support.forks import disk_use, killed_at
 from tests.support.runs import L0, LAYERS, Run, due, named, record, unheard
-from tests.support.stores import empty_memory, memory_run, s3_run
 from tests.support.world import flat, keys, state
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected an existing checkpoint", "ignore::tailor_dcp.TailorWarning")
@@ -223,17 +221,6 @@ def test_an_unreadable_checkpoint_is_copied_as_it_is(run: Run, tmp_path: Path) -
     with pytest.warns(TailorWarning, match="copied as it is"):
         copy(run.folder, tmp_path / "copy")
     assert (tmp_path / "copy" / "step-100" / ".metadata").read_bytes() == b"garbage"
-
-
-@pytest.fixture(params=["memory", "s3"])
-def store(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The URL of a run in a store."""
-    if request.param == "memory":
-        empty_memory()
-        yield memory_run()
-    else:
-        request.getfixturevalue("s3")
-        yield s3_run()
 
 
 def stock_steps(run: Run, url: str) -> dict[str, int]:

@@ -9,7 +9,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ from tailor_dcp.stores import place
 from tailor_dcp.writer import LayerwiseWriter
 from tests.support.forks import killed_at
 from tests.support.runs import HEAD, L0, L1, L2, LAYERS, Run, due, files, metadata, named, record, unheard
-from tests.support.stores import empty_memory, memory_run, s3_run
 from tests.support.world import flat
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected an existing checkpoint", "ignore::tailor_dcp.TailorWarning")
@@ -406,17 +404,6 @@ def test_whole_files_are_shared_where_the_file_system_can(
 
 
 # Object stores -----------------------------------------------------------------------------
-
-
-@pytest.fixture(params=["memory", "s3"])
-def store(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The URL of an empty folder in a store."""
-    if request.param == "memory":
-        empty_memory()
-        yield memory_run()
-    else:
-        request.getfixturevalue("s3")
-        yield s3_run()
 
 
 def test_across_stores(run: Run, tmp_path: Path, store: str) -> None:

@@ -1,4 +1,4 @@
-"""The two forms of the grid, and the one for a GPU."""
+"""The two forms of the grid, and those of a model of 107 million parameters."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.quality.grid import Plan
-from benchmarks.quality.rows import EXPLORED, ROWS, Row
-from benchmarks.quality.task import LARGE, Regime
+from benchmarks.quality.rows import EXPLORED, RESTING_ROWS, ROWS, Row
+from benchmarks.quality.task import LARGE, LARGE_BATCH, Regime
 
 PRE_TRAINING = Regime(
     name="pre-training",
@@ -42,8 +42,30 @@ SHORT = Plan(
     every=25,
     tokens=8_192,
 )
-# One regime, one seed: the winner and its nearest rivals at 100 million parameters.
-GPU = replace(LONG, size=LARGE, device="cuda", tokens=262_144)
+# Most of the model rests: where drift and unchanged are at home.
+RESTING = replace(
+    LONG, regimes=(replace(PRE_TRAINING, name="most layers rest", steps=600, points=(300, 450, 600), rests=200),)
+)
+# One seed: the winner and its nearest rivals at 107 million parameters, for one core and for a GPU.
+LARGE_RATE = 6e-4  # what trains the small model well is too much for a wide one
+LARGE_PLAN = Plan(
+    (
+        replace(PRE_TRAINING, steps=200, interval=25, points=(50, 125, 200), peak=LARGE_RATE, warm_up=20),
+        replace(FINE_TUNING, steps=100, interval=25, points=(75, 100), peak=LARGE_RATE / 10, warm_up=10),
+    ),
+    further=20,
+    every=10,
+    tokens=4_096,
+    size=LARGE,
+)
+GPU = Plan(
+    (replace(PRE_TRAINING, peak=LARGE_RATE), replace(FINE_TUNING, peak=LARGE_RATE / 10)),
+    further=25,
+    every=25,
+    tokens=262_144,
+    size=LARGE_BATCH,
+    device="cuda",
+)
 
 
 @dataclass(frozen=True)
@@ -63,10 +85,20 @@ class Form:
     reported: Sequence[int]
 
 
+_BF16 = "weights=bf16,moments=bf16"
+_NEAREST = (
+    f"moments:every=5,{_BF16}",
+    f"moments:every=10,{_BF16}",
+    f"budget:fraction=0.25,max_stale=8,first=weights,{_BF16}",
+    "parity",
+    f"moments:every=1,{_BF16}",
+)
 _RIVALS = ("full", "parity", "filter", "random", "moments:every=5", "moments:every=10", "budget", "layers by drift")
 FORMS = {
     "short": Form(SHORT, [row for row in ROWS if row.name.startswith(_RIVALS)], (), (1, 2, 3)),
     "long": Form(LONG, ROWS, (0,), (1, 2, 3)),
     "wide": Form(LONG, [*ROWS, *EXPLORED], (0,), (1, 2, 3)),
+    "resting": Form(RESTING, RESTING_ROWS, (), (1, 2, 3)),
+    "large": Form(LARGE_PLAN, [row for row in ROWS if row.name in _NEAREST], (), (1,)),
     "gpu": Form(GPU, [row for row in ROWS if row.name.startswith(_RIVALS)], (), (1,)),
 }

@@ -129,10 +129,13 @@ _BF16 = "weights=bf16,moments=bf16"
 ROWS = [
     _plain("full", "must lose nothing, bit for bit"),
     _plain(f"moments:every=1,{_BF16}", "nothing stale, all rounded"),
+    _plain("moments:every=2"),
     _plain(f"moments:every=2,{_BF16}"),
     _plain("moments:every=5"),
+    _plain("moments:every=5,moments=bf16"),
     _plain("moments:every=5,weights=bf16"),
     _plain(f"moments:every=5,{_BF16}"),
+    _plain("moments:every=10"),
     _plain(f"moments:every=10,{_BF16}"),
     _plain("parity"),
     _plain("filter:head=1,tail=1,every=5"),
@@ -143,13 +146,23 @@ ROWS = [
     _plain(f"budget:fraction=0.25,max_stale=8,{_BF16}"),
     _plain(f"budget:fraction=0.25,max_stale=8,first=weights,{_BF16}", "weights each save, moments by drift"),
     _cadence("first moment never and 0, second each save", 0, 1, "0 at resuming", on_resume="zero"),
+    _cadence("first moment never, second each save", 0, 1, "stale since the first save"),
     _cadence("first moment each save, second every 5th", 1, 5, "each kind its own cadence"),
 ]
+RESTING_ROWS = [
+    _plain("full"),
+    _plain("unchanged+full", "lossless"),
+    _plain("drift:threshold=0.001,states=0.001,max_stale=1000"),
+    _plain("drift:threshold=0.02,states=0.6,max_stale=1000"),
+    _plain("parity"),
+    _plain(f"moments:every=5,{_BF16}"),
+    _plain(f"unchanged+moments:every=5,{_BF16}"),
+]
+"""For a run in which most layers rest."""
 EXPLORED = [
     _plain("moments:every=1,weights=bf16"),
     _plain("moments:every=10,weights=bf16"),
     _plain("parity:groups=3"),
-    _cadence("first moment never, second each save", 0, 1, "stale since the first save"),
     _cadence("stale first moments 0, all moments every 5th", 5, 5, "0 at resuming", on_resume="zero"),
     _cadence("stale first moments primed, all every 5th", 5, 5, "first gradient at resuming", on_resume="prime"),
     _cadence("no moments, rebuilt in 5 steps, second every 5th", 0, 5, "5 steps count", on_resume="rebuild", rebuilt=5),

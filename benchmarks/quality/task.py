@@ -27,7 +27,7 @@ State = dict[str, Any]
 
 @dataclass(frozen=True)
 class Size:
-    """The model's dimensions: 1.25 million parameters, or 101 million for a GPU."""
+    """The model's dimensions, and the texts of a training step: 1.25 million parameters, or 107 million."""
 
     width: int = 128
     layers: int = 6
@@ -37,7 +37,9 @@ class Size:
 
 
 SMALL = Size()
-LARGE = Size(width=768, layers=14, head=64, rows=16, length=256)
+LARGE = Size(width=768, layers=15, head=64, rows=4, length=128)
+LARGE_BATCH = Size(width=768, layers=15, head=64, rows=16, length=256)
+"""With eight times the text in a step: for a GPU."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Regime:
         betas: AdamW's.
         decay: AdamW's weight decay.
         tuned: start from the weights that the run before ended with, and read another text.
+        rests: the step from which on only the last layer, the final norm and the head train, as in staged freezing.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Regime:
     betas: tuple[float, float]
     decay: float
     tuned: bool = False
+    rests: int | None = None
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step; the first is 1."""
@@ -124,10 +128,15 @@ class Training:
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
 
     def gradients(self, step: int) -> None:
-        """Compute what the step's texts ask for."""
+        """Compute what the step's texts ask for; what rests gets none, and AdamW leaves it alone."""
         texts = self._batch(step)
         self.optimizer.zero_grad()
+        resting = self._resting() if self.regime.rests is not None and step > self.regime.rests else []
+        for parameter in resting:
+            parameter.requires_grad_(False)
         self.model(input_ids=texts, labels=texts).loss.backward()
+        for parameter in resting:
+            parameter.requires_grad_(True)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
 
     def run(self, start: int, stop: int) -> Iterator[int]:
@@ -149,6 +158,10 @@ class Training:
                 loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
                 found.append(loss.view(len(part), -1).double().mean(1).cpu())
         return torch.cat(found)
+
+    def _resting(self) -> list[Tensor]:
+        moving = (f"model.layers.{self.size.layers - 1}.", "model.norm.", "lm_head.")
+        return [parameter for fqn, parameter in self.model.named_parameters() if not fqn.startswith(moving)]
 
     def _batch(self, step: int) -> Tensor:
         trained = text(self.regime.tuned)[0]

@@ -11,7 +11,7 @@ export DS_BUILD_OPS ?= 0
 # What it compiles when it is first used: one place for each environment, or two checkouts would take turns.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: demo test test-long test-zero-grid lint format bench bench-quick quality quality-long browser clean
+.PHONY: demo test test-long test-zero-grid fuzz lint format bench bench-quick quality quality-long browser clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/train_fsdp.py
@@ -25,6 +25,10 @@ test-long: $(VENV)/.test
 # Every combination of stage, ranks, dtype, param groups and family against real DeepSpeed.
 test-zero-grid: $(VENV)/.test
 	$(BIN)/python -m tests.converters.zero_grid
+
+# Coverage-guided fuzzing of every parser, some minutes of it; docs/fuzzing.md has the long form.
+fuzz: $(VENV)/.test
+	$(BIN)/python -m tests.fuzz
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -68,4 +72,4 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-run zero-run zero-to-fsdp-run quality-run build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-run zero-run zero-to-fsdp-run quality-run fuzz-run build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -33,6 +33,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "async": ("--pairs", "5"),
     "load": ("--pairs", "3"),
     "materialize": ("--pairs", "3"),
+    "verify": ("--pairs", "5"),
     "compose": ("--ranks", "64", "--pairs", "3"),
     "scale": ("--quick",),
     "merge": ("--pairs", "3"),

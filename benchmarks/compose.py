@@ -141,6 +141,7 @@ class Simulated:
             planner = LayerwisePlanner(policy, base=run / "step-1")
             total, (new, metadata) = _timed(lambda: _plan_ours(planner, plans, target))
             _store(new, metadata, target)
+            _create(metadata, target)
             dumping, _ = _timed(lambda: dumps(metadata))
         finally:
             DefaultSavePlanner.create_global_plan = own  # type: ignore[method-assign]
@@ -207,6 +208,14 @@ def _store(plans: list[SavePlan], metadata: Metadata, folder: Path) -> None:
     metadata.storage_data = storage
     metadata.storage_meta = StorageMeta(str(folder), "0" * 32)
     metadata.version = "1.0.0"
+
+
+def _create(metadata: Metadata, folder: Path) -> None:
+    """Make the files that the writers would have: that they are there is checked before the commit."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in {info.relative_path for info in metadata.storage_data.values()} if metadata.storage_data else ():
+        if not (folder / name).exists():
+            (folder / name).touch()
 
 
 def _ours(ranks: int, paths: Paths, shapes: Shapes) -> list[SavePlan]:

@@ -23,6 +23,7 @@ from tailor_dcp.report import report
 from tailor_dcp.runs import latest
 from tailor_dcp.simulate import simulate
 from tailor_dcp.state import TrainState
+from tailor_dcp.verify import verify
 from tailor_dcp.writer import LayerwiseWriter
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ __all__ = [
     "prune",
     "report",
     "simulate",
+    "verify",
 ]
 
 

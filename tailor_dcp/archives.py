@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tailor_dcp.errors import DamagedSourceError
+from tailor_dcp.metadata.pickle_names import shown
 
 _LOCAL_HEADER = 30
 
@@ -39,7 +41,7 @@ def archived_in(path: Path) -> Sequence[Archived]:
                 return ()
             with zipfile.ZipFile(stream) as archive:
                 return sorted(_record(archive, entry) for entry in archive.infolist() if not entry.compress_type)
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise DamagedSourceError(f"{path} is damaged ({error}); copy it anew.") from error
 
 
@@ -49,7 +51,11 @@ def _record(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Archived:
     stream.seek(entry.header_offset)
     header = stream.read(_LOCAL_HEADER)
     names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-    return Archived(entry.header_offset + _LOCAL_HEADER + names, entry.file_size, entry.CRC)
+    start = entry.header_offset + _LOCAL_HEADER + names
+    # What is not compressed has one size; zipfile believes either.
+    if entry.compress_size != entry.file_size or start + entry.file_size > os.fstat(stream.fileno()).st_size:
+        raise zipfile.BadZipFile(f"the record {shown(entry.filename)} is not as long as the directory says")
+    return Archived(start, entry.file_size, entry.CRC)
 
 
 def touched(records: Sequence[Archived], offset: int, length: int) -> Iterator[Archived]:

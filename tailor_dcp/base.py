@@ -107,7 +107,15 @@ def open_base(folder: Path) -> Base:
         NoCheckpointError: it is not committed.
         UnreadableMetadataError: its ``.metadata`` is damaged or hostile.
     """
-    metadata = read(folder / METADATA)
+    return base_of(read(folder / METADATA), folder)
+
+
+def base_of(metadata: Metadata, folder: Path) -> Base:
+    """Return a checkpoint whose metadata was read.
+
+    Raises:
+        UnreadableMetadataError: its record is damaged.
+    """
     record = record_of(metadata, str(folder / METADATA))
     for unit, held in record.units.items() if record else ():
         unknown = [key for key in held.keys if key not in metadata.state_dict_metadata]

@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import IO, Any, NamedTuple, cast
 
 import torch
 from torch.serialization import skip_data
 
+from tailor_dcp.crc import crc32
+
 _DESCRIPTOR = b"PK\x07\x08"
 _CENTRAL = struct.Struct("<4s12xLLLHHH12x")  # signature, CRC, sizes, lengths of name, extra, comment
 _SIGNATURE = b"PK\x01\x02"
 _CRC_IN_CENTRAL = 16
+_LOCAL = b"PK\x03\x04"
 _RECORD = b"/data/0"
+_ID = b"/.data/serialization_id"
 
 
 class Frame(NamedTuple):
@@ -37,31 +42,95 @@ def frame(shape: tuple[int, ...], dtype: torch.dtype, crc: int) -> Frame:
         dtype: its dtype.
         crc: CRC-32 of its bytes.
     """
-    before, after, places = _blank(shape, dtype)
-    filled = bytearray(after)
+    blank = outline(shape, dtype)
+    filled = bytearray(blank.after)
+    _fill(filled, blank.crcs, crc)
+    return Frame(blank.before, bytes(filled))
+
+
+class Outline(NamedTuple):
+    """A frame whose checksum is still to be filled in.
+
+    Attributes:
+        before: what is before the tensor's bytes.
+        data_bytes: how many these are.
+        after: what is behind them.
+        crcs: the two places in ``after`` that have the checksum of the tensor's bytes.
+        id: where in ``after`` the digits are that torch makes of all checksums, and that nothing reads.
+        id_crcs: the two places in ``after`` that have the checksum of these.
+    """
+
+    before: bytes
+    data_bytes: int
+    after: bytes
+    crcs: tuple[int, int]
+    id: slice
+    id_crcs: tuple[int, int]
+
+    @property
+    def length(self) -> int:
+        """Bytes of the whole archive."""
+        return len(self.before) + self.data_bytes + len(self.after)
+
+    def ends(self, crc: int, after: bytes) -> bool:
+        """Tell whether a frame ends as it must around bytes of the given CRC-32."""
+        if len(after) != len(self.after):
+            return False
+        filled = bytearray(self.after)
+        _fill(filled, self.crcs, crc)
+        filled[self.id] = after[self.id]
+        _fill(filled, self.id_crcs, crc32(after[self.id]))
+        return filled == after
+
+
+def _fill(after: bytearray, places: tuple[int, int], crc: int) -> None:
     for place in places:
-        filled[place : place + 4] = crc.to_bytes(4, "little")
-    return Frame(before, bytes(filled))
+        after[place : place + 4] = crc.to_bytes(4, "little")
 
 
 @lru_cache(maxsize=4096)
-def _blank(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes, tuple[int, int]]:
-    """Return a frame without its CRC, and the two places in the part after the data where that goes."""
+def outline(shape: tuple[int, ...], dtype: torch.dtype, strides: tuple[int, ...] | None = None) -> Outline:
+    """Return what ``torch.save`` writes around a tensor that has at least one element.
+
+    Args:
+        shape: the tensor's shape.
+        dtype: its dtype.
+        strides: its strides, in elements, which leave no gaps; None if it is contiguous.
+    """
+    # Memory that is never touched is never taken.
+    blank = torch.empty(shape, dtype=dtype) if strides is None else torch.empty_strided(shape, strides, dtype=dtype)
     sink = _Sink()
     with skip_data():
-        # Memory that is never touched is never taken.
-        torch.save(torch.empty(shape, dtype=dtype), cast(IO[bytes], sink))
+        torch.save(blank, cast(IO[bytes], sink))
     before, after = sink.parts()
+    head = after.find(_ID)  # its first name is that of its own header
+    names = {name: place for place, name in _central(after)}
+    data = next((place for name, place in names.items() if name.endswith(_RECORD)), None)
+    own = next((place for name, place in names.items() if name.endswith(_ID)), None)
+    if data is None or own is None or not after.startswith(_DESCRIPTOR):
+        raise RuntimeError("torch.save lays its archives out in a way that this version does not know.")
+    start = head + len(_ID) + int.from_bytes(after[after.rfind(_LOCAL, 0, head) + 28 :][:2], "little")
+    digits = slice(start, after.find(_DESCRIPTOR, start))
+    return Outline(
+        before,
+        blank.untyped_storage().nbytes(),
+        after,
+        (len(_DESCRIPTOR), data + _CRC_IN_CENTRAL),
+        digits,
+        (digits.stop + len(_DESCRIPTOR), own + _CRC_IN_CENTRAL),
+    )
+
+
+def _central(after: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield where the entries of an archive's directory begin, and their names."""
     central = after.find(_SIGNATURE)
     while central >= 0:
-        signature, _, _, _, name, extra, comment = _CENTRAL.unpack_from(after, central)
+        _, _, _, _, name, extra, comment = _CENTRAL.unpack_from(after, central)
         start = central + _CENTRAL.size
-        if signature == _SIGNATURE and after[start : start + name].endswith(_RECORD):
-            break
-        central = after.find(_SIGNATURE, start + name + extra + comment)
-    if central < 0 or not after.startswith(_DESCRIPTOR):
-        raise RuntimeError("torch.save lays its archives out in a way that this version does not know.")
-    return before, after, (len(_DESCRIPTOR), central + _CRC_IN_CENTRAL)
+        yield central, after[start : start + name]
+        central = start + name + extra + comment
+        if after[central : central + 4] != _SIGNATURE:
+            return
 
 
 class _Sink(io.RawIOBase):

@@ -108,7 +108,7 @@ def materialize(
     """
     ranks = Ranks(process_group, alone=no_dist)
     return _materialize(
-        ranks, lambda: _asked(checkpoint, out), _Manner(verify, largest_file, threads or _cores(), progress)
+        ranks, lambda: _asked(checkpoint, out), _Manner(verify, largest_file, threads or cores(), progress)
     )
 
 
@@ -130,7 +130,7 @@ def materialize_base(
         largest_file: see ``materialize``.
         progress: see ``materialize``.
     """
-    manner = _Manner(verify, largest_file, _cores(), progress)
+    manner = _Manner(verify, largest_file, cores(), progress)
     return _materialize(Ranks(alone=True), lambda: _Asked(base, target, companions), manner)
 
 
@@ -173,7 +173,7 @@ def _asked(checkpoint: str | os.PathLike[str], out: str | os.PathLike[str]) -> _
     return _Asked(base, target, files_of(base.location.folder))
 
 
-def _cores() -> int:
+def cores() -> int:
     """Return how many threads are worth their while on this rank."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(_THREADS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

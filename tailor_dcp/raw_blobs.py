@@ -73,9 +73,44 @@ def _record_start(head: bytes) -> int | None:
     return None
 
 
+class Described(NamedTuple):
+    """What a blob says of the tensor that it is, however its elements lie.
+
+    Attributes:
+        shape: the tensor's shape.
+        strides: its strides, in elements.
+        dtype: its dtype.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def described(head: bytes) -> Described | None:
+    """Return what a blob says that it is, from its first ``HEAD`` bytes; None if that is no strided tensor."""
+    start = _record_start(head)
+    tensor = _tensor(head[:start], []) if start is not None else None
+    if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or tensor.is_quantized:
+        return None
+    return Described(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
 @lru_cache(maxsize=1 << 14)
 def _interpreted(head: bytes) -> Plain | None:
     """Interpret the pickle that an archive begins with; nothing in it is run."""
+    storages: list[tuple[str, int]] = []
+    tensor = _tensor(head, storages)
+    whole = type(tensor) is torch.Tensor and tensor.is_contiguous() and tensor.storage_offset() == 0
+    if not whole or [key for key, _ in storages] != ["0"] or tensor.is_conj() or tensor.is_neg():
+        return None
+    found = Plain(len(head), tuple(tensor.shape), tensor.dtype)
+    # A tensor larger than its storage would go on in what comes after its record.
+    return found if found.bytes <= storages[0][1] else None
+
+
+def _tensor(head: bytes, storages: list[tuple[str, int]]) -> Any:
+    """Return without memory what a head describes, and add its storages' keys and bytes; None if it cannot."""
     if not head.startswith(_SIGNATURE):
         return None
     _, name, extra = _LOCAL.unpack_from(head)
@@ -84,23 +119,18 @@ def _interpreted(head: bytes) -> Plain | None:
     _, written, order = head.rpartition(b"/byteorder")
     if written and sys.byteorder.encode() not in order:  # another machine's, whose bytes torch turns round
         return None
-    keys: list[str] = []
     try:
         unpickler: Any = Unpickler(io.BytesIO(head[_LOCAL.size + name + extra :]), encoding="utf-8")
-        unpickler.persistent_load = lambda saved: _storage(saved, keys)
-        tensor = unpickler.load()
+        unpickler.persistent_load = lambda saved: _storage(saved, storages)
+        return unpickler.load()
     except Exception:  # a head that is cut off, or damaged, can lead to anything; the stock way says what it is
         return None
-    whole = type(tensor) is torch.Tensor and tensor.is_contiguous() and tensor.storage_offset() == 0
-    if not whole or keys != ["0"] or tensor.is_conj() or tensor.is_neg():
-        return None
-    return Plain(len(head), tuple(tensor.shape), tensor.dtype)
 
 
-def _storage(saved: Any, keys: list[str]) -> torch.storage.TypedStorage:
+def _storage(saved: Any, storages: list[tuple[str, int]]) -> torch.storage.TypedStorage:
     """Return a storage without memory for what a pickle says of one."""
     _, kind, key, _, count = saved
-    keys.append(key)
     dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+    storages.append((key, count * dtype.itemsize))
     memory = torch.UntypedStorage(count * dtype.itemsize, device="meta")  # type: ignore[no-untyped-call]
     return torch.storage.TypedStorage(wrap_storage=memory, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]

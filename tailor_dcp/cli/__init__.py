@@ -12,9 +12,11 @@ from tailor_dcp.cli.diff import diff
 from tailor_dcp.cli.inspect import inspect
 from tailor_dcp.cli.materialize import materialize
 from tailor_dcp.cli.merge import merge
+from tailor_dcp.cli.output import complain
 from tailor_dcp.cli.prune import prune
 from tailor_dcp.cli.report import report
 from tailor_dcp.cli.simulate import simulate
+from tailor_dcp.cli.verify import verify
 from tailor_dcp.errors import TailorError
 
 app = typer.Typer(
@@ -24,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (inspect, diff, merge, materialize, copy, prune, report, simulate):
+for verb in (inspect, diff, merge, materialize, copy, prune, verify, report, simulate):
     app.command()(verb)
 
 
@@ -39,13 +41,13 @@ def main() -> None:
     try:
         app()
     except TailorError as error:
-        typer.echo(f"tailor: {error}", err=True)
+        complain("tailor", error)
         sys.exit(error.exit_code)
     except OSError as error:  # a disk's, or a store's that nothing else gave a meaning
         what = f"{error.filename} cannot be reached: {error.strerror}" if error.filename else str(error)
-        typer.echo(f"tailor: {what.rstrip('.')}.", err=True)
+        complain("tailor", f"{what.rstrip('.')}.")
         sys.exit(TailorError.exit_code)
 
 
 def _say(message: Warning | str, *_: object, **__: object) -> None:
-    typer.echo(f"tailor: {message}", err=True)
+    complain("tailor", message)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from tailor_dcp.errors import TailorError
-from tailor_dcp.metadata.record import ATTRIBUTE
+from tailor_dcp.metadata.digest import digest
+from tailor_dcp.metadata.record import ATTRIBUTE, DIGEST, SEALED
 
 StorageData = dict[MetadataIndex, _StorageInfo]
 Blobs = dict[str, list[tuple[MetadataIndex, _StorageInfo]]]
@@ -115,6 +116,16 @@ def _chunks(entry: STORAGE_TYPES) -> int:
     return len(entry.chunks) if isinstance(entry, TensorStorageMetadata) else 1
 
 
+def sign(metadata: Metadata) -> None:
+    """Note in the record, as the last thing before the file is written, what tells whether it was changed since."""
+    record = getattr(metadata, ATTRIBUTE, None)
+    if record is None:
+        return
+    record[SEALED] = True
+    if not isinstance(metadata, CompositeMetadata):  # which notes it itself, whoever pickles it
+        record[DIGEST] = digest(metadata)
+
+
 class CompositeMetadata(Metadata):
     """A plain ``Metadata`` that takes in carried entries when the writer sets ``storage_data``.
 
@@ -125,11 +136,19 @@ class CompositeMetadata(Metadata):
     """
 
     _carried: StorageData
+    _check: Callable[[Metadata], None]
 
-    def __init__(self, plain: Metadata, carried: StorageData, record: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        plain: Metadata,
+        carried: StorageData,
+        record: dict[str, Any],
+        check: Callable[[Metadata], None] = lambda _: None,
+    ) -> None:
         super().__init__(plain.state_dict_metadata)
         self.__dict__.update(plain.__dict__)
         self.__dict__["_carried"] = carried
+        self.__dict__["_check"] = check
         self.__dict__[ATTRIBUTE] = record
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -139,11 +158,11 @@ class CompositeMetadata(Metadata):
         super().__setattr__(name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return a plain ``Metadata``; pickling is the last thing that happens before the commit.
+        """Return a plain ``Metadata`` with its digest; pickling is the last thing that happens before the commit.
 
         Raises:
-            TailorError: something was not written. DCP's writers do not notice when one of
-                their threads fails, and would commit without its part.
+            TailorError: something was not written, or is gone already. DCP's writers do not notice
+                when one of their threads fails, and would commit without its part.
         """
         missing = unstored(self) if self.storage_data is not None else ()
         if missing:
@@ -152,7 +171,10 @@ class CompositeMetadata(Metadata):
                 f"{missing[0]}{more} was not written, as a thread of the writer failed and said why on stderr; "
                 f"nothing was committed. Make room or repair what it names, and save again."
             )
-        state = {k: v for k, v in self.__dict__.items() if k not in ("_carried", "state_dict_metadata")}
+        if self.storage_data is not None:
+            self._check(self)
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_carried", "_check", "state_dict_metadata")}
+        state[ATTRIBUTE] = {**state[ATTRIBUTE], DIGEST: digest(self)}
         return (Metadata, (self.state_dict_metadata,), state)
 
     def _note_seconds(self) -> None:

@@ -42,6 +42,7 @@ class Machine:
         self.marks: list[list[Any]] = []
         self.memo: list[Any] = []
         self.where: dict[object, int] = {}  # memo indexes of attributes' names and of markers
+        self.framed = False
         self.stateless = 0  # instances that were made and not yet given their state
         # What the shortcuts keep.
         self.patterns: dict[Asked, re.Pattern[bytes]] = {}
@@ -111,8 +112,18 @@ def _protocol(m: Machine) -> None:
 
 
 def _frame(m: Machine) -> None:
-    if (missing := m.number(8) - len(m.data) + m.pos) > 0:
+    length = m.number(8)
+    end = m.pos + length
+    if (missing := end - len(m.data)) > 0:
         damaged(f"its last {missing} bytes are missing")
+    if m.framed:
+        damaged(f"the frame before byte {m.pos} is within another")
+    # Python's unpickler drops what is left of a frame when an instruction goes on after it, and reads something else.
+    m.framed = True
+    m.until(min(end, len(m.data) - 1))
+    m.framed = False
+    if m.pos != min(end, len(m.data) - 1):
+        damaged(f"a frame ends within the instruction before byte {m.pos}")
 
 
 def _push(value: object) -> Step:

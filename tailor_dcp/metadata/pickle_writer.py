@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 from tailor_dcp.collector import collector_off
 from tailor_dcp.metadata.pickle_names import CHUNK, INDEX, INFO, TYPES
 from tailor_dcp.metadata.pickle_rows import Layout, layouts
+from tailor_dcp.metadata.seal import SealedStream
 
 _PROTOCOL = 4  # DCP's own
 _CLASSES = {CHUNK: ChunkStorageMetadata, INDEX: MetadataIndex, INFO: _StorageInfo}
@@ -40,14 +41,16 @@ def dumps(metadata: Metadata) -> bytes:
 
 
 def dump(metadata: Metadata, stream: IO[bytes]) -> None:
-    """Write ``metadata`` as a pickle."""
+    """Write ``metadata`` as a pickle, and seal it."""
+    sealed = SealedStream(stream)
     with collector_off():
         try:
             lists, places = _Chunks(metadata), _Places(metadata)
         except _UnusualError:  # what other programs put there is left to the general pickler
-            pickle.dump(metadata, stream, _PROTOCOL)
-            return
-        _Pickler(stream, lists, places).write_file(metadata)
+            sealed.write(pickle.dumps(metadata, _PROTOCOL).removesuffix(pickle.STOP))
+        else:
+            _Pickler(sealed, lists, places).write_file(metadata)
+    sealed.end()
 
 
 class _UnusualError(Exception):
@@ -137,18 +140,17 @@ class _Pickler(pickle._Pickler):  # the C one has no hook for a list or a dict
     write: Any  # no type stub has what the base class has
     memo: Any
 
-    def __init__(self, stream: IO[bytes], chunks: _Chunks, places: _Places) -> None:
+    def __init__(self, stream: SealedStream, chunks: _Chunks, places: _Places) -> None:
         super().__init__(stream, _PROTOCOL)
         self._chunks, self._places = chunks, places
         self._shared: dict[Any, Any] = {}
         self._lists: dict[int, npt.NDArray[Any]] = {}
 
     def write_file(self, metadata: Metadata) -> None:
-        """Write a whole file."""
+        """Write all but the last instruction."""
         self.write(pickle.PROTO + bytes([_PROTOCOL]))
         self._put_shared()
         self.save(metadata)
-        self.write(pickle.STOP)
 
     def _put_shared(self) -> None:
         """Put into the memo what rows refer to, and drop it from the stack."""

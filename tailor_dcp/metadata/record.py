@@ -20,6 +20,10 @@ from tailor_dcp.file_marks import Mark
 from tailor_dcp.units import Unit
 
 ATTRIBUTE = "tailor"
+DIGEST = "digest"
+"""The record's key for the digest of all metadata, the rest of the record included (``tailor_dcp.metadata.digest``)."""
+SEALED = "sealed"
+"""The record's key that says that the file has a seal (``tailor_dcp.metadata.seal``)."""
 FORMAT = 2
 _READ = (1, FORMAT)  # 1 had checksums as dicts
 
@@ -177,6 +181,10 @@ class _Serialised(BaseModel):
     sketches: dict[str, bytes] = {}
     seconds: float | None = None
     marks: dict[str, Annotated[list[int], Field(min_length=2, max_length=2)]] = {}
+
+
+KEYS = frozenset({"format", *_Serialised.model_fields})
+"""The keys of a serialised record that has no digest."""
 
 
 def from_builtins(raw: object, source: str) -> Record:

@@ -39,6 +39,7 @@ from tailor_dcp.metadata.pickle_names import (
     kind_of,
     shown,
 )
+from tailor_dcp.metadata.seal import is_intact
 
 MAX_DEPTH = 12  # of the plain values in ``tailor`` and ``planner_data``
 # By references a small file can stand for a huge structure. An honest one has some too, such as a folder's name
@@ -54,18 +55,37 @@ def read(path: Path) -> Metadata:
         NoCheckpointError: There is no such file.
         UnreadableMetadataError: It cannot be read, is damaged, or asks for what no checkpoint needs.
     """
+    return loads(content(path), str(path))
+
+
+def content(path: Path) -> bytes:
+    """Return the bytes of a ``.metadata`` file.
+
+    Raises:
+        NoCheckpointError: There is no such file.
+        UnreadableMetadataError: It cannot be read.
+    """
     try:
         # Opening a pipe that somebody left there would wait for ever. Stores have none.
         if isinstance(path, Path) and not stat.S_ISREG(path.stat().st_mode):
             raise UnreadableMetadataError(f"{path} is not a regular file, so it was not opened.")
-        data = path.read_bytes()
+        if (
+            isinstance(path, Path)
+            and path.is_symlink()
+            and not path.resolve().is_relative_to(path.parent.resolve().parent)
+        ):
+            raise UnreadableMetadataError(f"{path} is a link that leads out of its run, so it was not opened.")
+        return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise NoCheckpointError(
             f"{path} does not exist, so {path.parent} is no committed checkpoint; name a folder that is one."
         ) from None
+    except MemoryError as error:
+        raise UnreadableMetadataError(
+            f"{path} is larger than the memory that there is; use another checkpoint."
+        ) from error
     except OSError as error:
         raise UnreadableMetadataError(f"{path} cannot be read: {error.strerror}.") from error
-    return loads(data, str(path))
 
 
 def loads(data: bytes, source: str) -> Metadata:
@@ -83,6 +103,8 @@ def loads(data: bytes, source: str) -> Metadata:
     """
     with collector_off():
         try:
+            if is_intact(data) is False:
+                damaged("its checksum differs")
             return _metadata(Machine(data, SHORTCUTS).run(), len(data))
         except RefusedError as refused:
             raise UnreadableMetadataError(f"{source} {refused}") from None

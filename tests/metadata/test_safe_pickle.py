@@ -20,7 +20,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from hostile import ATTACKS, ENCODING, Attack, called, metadata, name, properties, tensor, text, with_tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed._shard.sharded_tensor.metadata import TensorProperties as OldProperties
@@ -41,6 +40,18 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from tailor_dcp.errors import NoCheckpointError, UnreadableMetadataError
 from tailor_dcp.metadata import pickle_machine, pickle_writer, safe_pickle
 from tailor_dcp.metadata.safe_pickle import loads, read
+from tests.metadata.hostile import (
+    ATTACKS,
+    ENCODING,
+    Attack,
+    called,
+    metadata,
+    name,
+    properties,
+    tensor,
+    text,
+    with_tensor,
+)
 
 PROTOCOLS = range(2, pickle.HIGHEST_PROTOCOL + 1)
 

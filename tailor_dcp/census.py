@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 from tailor_dcp.carry import CARRIED
 from tailor_dcp.errors import NoCheckpointError, TailorError
 from tailor_dcp.location import METADATA, locate
-from tailor_dcp.metadata.record import record_of
+from tailor_dcp.metadata.record import CarryMode, Record, record_of
 from tailor_dcp.metadata.safe_pickle import read
 
 STRIPPED = f"{METADATA}.pruned"
@@ -23,6 +24,9 @@ DOOMED = ".pruned-"
 """What the name of a folder begins with while it is being removed."""
 
 _DATA = re.compile(r"__.*\.distcp|\.metadata\.tmp")
+_OWN = re.compile(r"__\d+_([0-9a-f]{8})_.*\.distcp")
+_SKEW = 60.0
+"""Seconds by which the clocks of machines that write to one folder may differ."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,16 @@ class Checkpoint:
         time: when it was saved, as ``runs.commits`` has it.
         changed: when its ``.metadata`` was last written.
         files: the files that it needs, symbolic links and ``..`` resolved.
+        carry: how its save made earlier files part of it; None if a stock planner saved it.
+        save_ids: how the ids begin of all saves that it tells of, which are over therefore; as files' names have them.
     """
 
     folder: Path
     time: float
     changed: float
     files: frozenset[str]
+    carry: CarryMode | None
+    save_ids: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,13 @@ class Entry:
         committed = {checkpoint.folder for checkpoint in self.checkpoints}
         return bool(committed) and any(checkpoint.folder not in committed for checkpoint in self.stripped)
 
+    @property
+    def relinked(self) -> bool:
+        """Whether files were carried into it after its commit: a save into it has begun, and written nothing yet."""
+        homes = {checkpoint.folder: checkpoint.changed for checkpoint in self.checkpoints}
+        carried = (folder for folder in self.folders if folder.parent.name == CARRIED)
+        return any(_changed(folder) > homes.get(folder.parent.parent, math.inf) for folder in carried)
+
     @cached_property
     def real(self) -> dict[str, Path]:
         """Its files by what names them after every symbolic link is resolved."""
@@ -99,6 +114,33 @@ class Entry:
         paths = self.real
         data = set(self.data)
         return [path for real, path in paths.items() if path in data and real not in named]
+
+    def leftovers(self, loose: Iterable[Path], finished: frozenset[str], save_ids: frozenset[str]) -> list[Path]:
+        """Return those of the loose files that no save is writing, or carrying: what an earlier one has left.
+
+        A file that was kept because others referred to it lies there still when they are gone. A save under way has
+        an id that nobody tells of yet, and puts everything into the folder after the commit of what is there.
+
+        Args:
+            loose: the data files that no checkpoint names.
+            finished: files that something names which is, or was, a checkpoint.
+            save_ids: how the ids of saves begin that are over.
+        """
+        paths = {path: real for real, path in self.real.items()}
+        homes = {checkpoint.folder: checkpoint.changed for checkpoint in self.checkpoints}
+
+        def is_over(path: Path) -> bool:
+            home = next((folder for folder in path.parents if folder in homes), None)
+            if home is None:
+                return False
+            if self._carried(path):
+                return _changed(path.parent) <= homes[home]
+            wrote = _OWN.fullmatch(path.name)
+            if paths[path] in finished or (wrote and wrote[1] in save_ids):
+                return True
+            return path.name != f"{METADATA}.tmp" and _changed(path) + _SKEW < homes[home]
+
+        return [path for path in loose if is_over(path)]
 
     def unfinished(self, loose: Iterable[Path]) -> bool:
         """Tell whether a part of it is not committed: a sub-folder with data, or all of it."""
@@ -141,11 +183,20 @@ def needed(checkpoints: Iterable[Checkpoint]) -> frozenset[str]:
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """Yield each folder below and at ``folder`` with its files; symbolic links are files, never followed."""
-    for place, folders, names in os.walk(folder):
+    """Yield each folder below and at ``folder`` with its files; symbolic links are files, never followed.
+
+    Raises:
+        OSError: a folder cannot be listed, so a checkpoint in it would be overlooked that needs other files.
+    """
+    for place, folders, names in os.walk(folder, onerror=_unless_gone):
         here = Path(place)
         links = [name for name in folders if (here / name).is_symlink()]
         yield here, [here / name for name in sorted([*names, *links])]
+
+
+def _unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _entry(folder: Path, run: Path) -> Entry:
@@ -173,7 +224,23 @@ def _checkpoint(path: Path) -> Checkpoint:
     # A file that is a symbolic link is needed itself, and so is what it leads to.
     here = os.path.realpath(path.parent)
     links = frozenset(os.path.normpath(os.path.join(here, name)) for name in names)  # noqa: PTH118
-    return Checkpoint(path.parent, record.time if record else changed, changed, files | links)
+    return Checkpoint(
+        folder=path.parent,
+        time=record.time if record else changed,
+        changed=changed,
+        files=files | links,
+        carry=record.carry if record else None,
+        save_ids=frozenset(save_id[:8] for save_id in _told(record)),
+    )
+
+
+def _told(record: Record | None) -> Iterator[str]:
+    """Yield the ids of the saves that a checkpoint tells of."""
+    if record is not None:
+        yield record.save_id
+        yield from (unit.origin.save_id for unit in record.units.values())
+        if record.parent is not None:
+            yield record.parent.save_id
 
 
 def _committed(paths: Iterable[Path]) -> Iterator[Checkpoint]:

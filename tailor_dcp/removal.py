@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
-from tailor_dcp.carry import sync_folder
+from tailor_dcp.carry import CARRIED, prune_empty, sync_folder
 from tailor_dcp.census import DOOMED, STRIPPED, Entry, walk
 from tailor_dcp.location import METADATA
+from tailor_dcp.repointing import unchanged
 
 
 def condemned(entry: Entry, spared: set[Path]) -> list[Path]:
@@ -52,3 +54,12 @@ def strip(entry: Entry, spared: set[Path]) -> None:
     for folder in reversed(entry.folders):
         if not any(folder.iterdir()):
             folder.rmdir()
+
+
+def free(paths: Iterable[Path]) -> None:
+    """Remove files out of folders that stay, and sub-folders left empty."""
+    for path in paths:
+        with unchanged(path.parent):
+            path.unlink(missing_ok=True)
+    for folder in {path.parent for path in paths if path.parent.parent.name == CARRIED}:
+        prune_empty(folder.parent)

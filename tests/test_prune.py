@@ -7,22 +7,29 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed.checkpoint as dcp
 import typer
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.metadata import StorageMeta
 from typer.testing import CliRunner
 
+from tailor_dcp import LayerwisePlanner
 from tailor_dcp.census import STRIPPED
 from tailor_dcp.cli.prune import prune as prune_command
-from tailor_dcp.errors import NoCheckpointError, UnreadableMetadataError
+from tailor_dcp.errors import NoCheckpointError, TailorError, UnreadableMetadataError
+from tailor_dcp.locks import Lock
 from tailor_dcp.prune import PruneRefusedError, Pruning, prune
 from tailor_dcp.runs import commits
 from tests.support.forks import disk_use, killed_at
-from tests.support.runs import HEAD, L0, L1, L2, LAYERS, Run, due
+from tests.support.runs import HEAD, L0, L1, L2, LAYERS, Run, due, named
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected an existing checkpoint", "ignore::tailor_dcp.TailorWarning")
 
@@ -73,6 +80,17 @@ rules = st.one_of(
 
 @settings(max_examples=8)
 @given(saves=saves, rules=st.lists(rules, min_size=1, max_size=2), stop=st.integers(1, 40))
+@example(  # a file that was kept for the sake of a reference is left when that is gone
+    saves=[
+        (200, set(), "link", None),
+        (300, set(), "reference", None),
+        (100, set(), "link", None),
+        (500, set(), "link", None),
+        (200, set(), "link", None),
+    ],
+    rules=[(3, None), (1, None)],
+    stop=40,
+)
 def test_every_kept_checkpoint_holds_what_it_held(
     saves: list[tuple[int, set[str], str, int | None]], rules: list[tuple[int | None, int | None]], stop: int
 ) -> None:
@@ -300,6 +318,100 @@ def test_a_run_below_a_folder_of_an_unlucky_name(tmp_path: Path) -> None:
     assert run.origins(300) == before
 
 
+def test_what_was_kept_for_a_reference_goes_with_it(run: Run) -> None:
+    """A folder that was saved again holds a file of its first save, until nothing refers to it any more."""
+    run.save(100)
+    run.save(200, carry="reference")
+    run.load(200)
+    run.save(100, due(*LAYERS))
+    (left,) = {path.name for path in run.path(100).glob("*.distcp")} - named(run.path(100))
+    assert prune(run.folder, keep_last=2).freed == 0
+    size = (run.path(100) / left).stat().st_size
+    done = prune(run.folder, keep_last=1)
+    assert whys(done)["step-100"].endswith("; 1 file in it that no checkpoint needs any more")
+    assert next(verdict for verdict in done.verdicts if verdict.name == "step-100").freed == size
+    assert {path.name for path in run.path(100).glob("*.distcp")} == named(run.path(100))
+
+
+@pytest.mark.parametrize("carry", MODES)
+def test_files_of_a_save_into_the_folder_again_are_no_leftovers(run: Run, carry: str) -> None:
+    """What is carried and what is written, while the checkpoint of the earlier save is there still."""
+    fill(run, carry, 3)
+    run.load(200)
+    before = {path for path in run.folder.rglob("*") if path.is_file()}
+    (run.path(300) / "__0_deadbeef_0.distcp").write_bytes(b"half")
+    done = prune(run.folder, keep_last=1)
+    assert "a save may be writing into it again" in whys(done)["step-300"]
+    assert whys(done)["step-200"] == "the save into step-300 may be carrying from it"
+    assert (run.path(300) / "__0_deadbeef_0.distcp").exists()
+    assert {path for path in before if "step-100" not in path.parts} <= set(run.folder.rglob("*"))
+
+
+def test_a_save_that_carries_by_links_that_are_there_already(run: Run) -> None:
+    """It has begun: it found the links that an earlier save into its folder had made, and has written nothing yet."""
+    fill(run, "link", 3)
+    run.load(200)
+    planner = LayerwisePlanner(due(L0))
+    planner.set_up_planner(run.state(300), StorageMeta(run.path(300)), is_coordinator=True)
+    planner.create_global_plan([planner.create_local_plan()])
+    done = prune(run.folder, keep_last=1, compact=0.0)
+    assert done.kept == ("step-200", "step-300")
+    assert "a save may be writing into it again" in whys(done)["step-300"]
+    assert all(one.why_not for one in done.rewrites)
+
+
+def test_the_best_by_a_metric(run: Run, tmp_path: Path) -> None:
+    """And whatever another rule keeps; all reasons are told."""
+    fill(run, "link")
+    log = tmp_path / "eval.jsonl"
+    losses = {100: 3.0, 200: 1.25, 300: 2.0, 400: float("nan"), 500: 4.0}
+    log.write_text("".join(json.dumps({"step": step, "eval_loss": loss}) + "\n" for step, loss in losses.items()))
+    done = prune(run.folder, keep_last=1, keep_best=2, metrics=log)
+    assert whys(done) == {
+        "step-100": "no rule keeps it",
+        "step-200": "number 1 of the best 2 by eval_loss (1.25)",
+        "step-300": "number 2 of the best 2 by eval_loss (2)",
+        "step-400": "no rule keeps it",
+        "step-500": "the last one; the newest: a save may be carrying from it",
+    }
+    assert prune(run.folder, keep_best=1, metrics=losses, mode="max").kept == ("step-500",)
+
+
+def test_what_was_saved_not_long_ago(run: Run) -> None:
+    """By the time in the record, which copying the files does not change."""
+    fill(run, "link", 3)
+    assert prune(run.folder, keep_within="7d", dry_run=True).removed == ()
+    assert whys(prune(run.folder, keep_within=timedelta(hours=1)))["step-100"] == "saved within 60.0 min"
+    os.utime(run.path(100) / ".metadata")
+    time.sleep(0.3)
+    assert prune(run.folder, keep_within=timedelta(seconds=0.2)).kept == ("step-300",)
+
+
+def test_what_killed_calls_have_left(run: Run) -> None:
+    """It is named, with its size and age, and goes only on request, and only if nobody is at work on it."""
+    fill(run, "link", 2)
+    for name in (".out.materialize", ".merged.merge", ".converted.convert"):
+        (run.folder / name).mkdir()
+        (run.folder / name / "__0_deadbeef_0.distcp").write_bytes(b"half")
+        (run.folder / f"{name}.lock").touch()
+    (run.folder / ".pruned-step-50").mkdir()
+    lock = Lock(run.folder / ".merged.merge.lock", TailorError("busy"))
+    lock.take()
+    done = prune(run.folder, keep_last=2)
+    assert whys(done) | {"step-100": "", "step-200": ""} == {
+        "step-100": "",
+        "step-200": "",
+        ".pruned-step-50": "an earlier prune was cut off in it",
+        ".out.materialize": "left by `tailor materialize` of out, which was cut off: --incomplete removes it",
+        ".merged.merge": "`tailor merge` of merged is at work on it",
+        ".converted.convert": "left by `tailor-convert` of converted, which was cut off: --incomplete removes it",
+    }
+    assert {v.name: v.bytes for v in done.verdicts if v.written}[".out.materialize"] == 4
+    assert prune(run.folder, incomplete=True).freed == 8
+    assert sorted(path.name for path in run.folder.glob(".*")) == [".merged.merge", ".merged.merge.lock"]
+    lock.release()
+
+
 # What is refused --------------------------------------------------------------------------
 
 
@@ -314,9 +426,21 @@ def test_an_unreadable_metadata_stops_it(run: Run) -> None:
 
 @pytest.mark.parametrize(
     ("rule", "words"),
-    [({"keep_last": 0}, "keep_last=0"), ({"keep_every": -1}, "keep_every=-1"), ({}, "No rule")],
+    [
+        ({"keep_last": 0}, "keep_last=0"),
+        ({"keep_every": -1}, "keep_every=-1"),
+        ({"keep_best": 0, "metrics": {100: 1.0}}, "keep_best=0"),
+        ({"keep_best": 1}, "give metrics"),
+        ({"metrics": {100: 1.0}}, "give keep_best"),
+        ({"keep_best": 1, "metrics": {7: 1.0}}, "none of the 1 checkpoints' steps, such as 100"),
+        ({"keep_best": 1, "metrics": {100: 1.0}, "mode": "best"}, "mode='best' is unknown"),
+        ({"keep_within": "soon"}, "keep_within='soon' is no length of time"),
+        ({"keep_within": timedelta(0)}, "keeps nothing"),
+        ({"compact": 1.0}, "compact=1 is no share"),
+        ({}, "No rule"),
+    ],
 )
-def test_rules_that_make_no_sense(run: Run, rule: dict[str, int], words: str) -> None:
+def test_rules_that_make_no_sense(run: Run, rule: dict[str, Any], words: str) -> None:
     """They are refused before anything is read."""
     run.save(100)
     with pytest.raises(PruneRefusedError, match=words):
@@ -339,15 +463,20 @@ def test_what_is_no_run(run: Run, tmp_path: Path) -> None:
 # The command ------------------------------------------------------------------------------
 
 
-def test_the_command(run: Run) -> None:
+def test_the_command(run: Run, tmp_path: Path) -> None:
     """A table for people, JSON for machines; the same verdicts."""
     app = typer.Typer()
     app.command()(prune_command)
-    fill(run, "link", 3)
-    shown = CliRunner().invoke(app, [str(run.folder), "--keep-last", "1", "--dry-run"])
+    run.save(50, writer=FileSystemWriter)
+    fill(run, "link", 4)
+    log = tmp_path / "trainer_state.json"
+    log.write_text(json.dumps({"log_history": [{"step": 100, "eval_loss": 1.5}, {"step": 100, "loss": 2.0}]}))
+    best = [str(run.folder), "--keep-last", "1", "--keep-best", "1", "--metrics", str(log), "--threshold", "0.3"]
+    shown = CliRunner().invoke(app, [*best, "--dry-run"])
     assert shown.exit_code == 0
-    assert "the last one" in shown.stdout
-    assert "would free" in shown.stdout
-    told = json.loads(CliRunner().invoke(app, [str(run.folder), "--keep-last", "1", "--json"]).stdout)
-    assert told["removed"] == ["step-100", "step-200"]
-    assert committed(run) == ["step-300"]
+    for words in ("the last one", "the best by eval_loss (1.5)", "would free", "step-400"):
+        assert words in shown.stdout
+    told = json.loads(CliRunner().invoke(app, [*best, "--json"]).stdout)
+    assert told["removed"] == ["step-50", "step-200", "step-300"]
+    assert committed(run) == ["step-100", "step-400"]
+    assert told["freed"] == sum(v["freed"] for v in told["verdicts"]) + sum(r["freed"] for r in told["rewrites"])

@@ -45,7 +45,8 @@ class Fleet:
         self._processes = [
             subprocess.Popen(command, env={**environment, "RANK": str(rank)}, cwd=_ROOT) for rank in range(size)
         ]
-        listener._listener._socket.settimeout(180)  # a worker that dies at its start would be waited for for ever
+        # A worker that dies at its start would be waited for for ever.
+        listener._listener._socket.settimeout(180)  # type: ignore[attr-defined]
         self._workers: list[Connection] = [None] * size  # type: ignore[list-item]
         for _ in range(size):
             connection = listener.accept()
@@ -62,6 +63,22 @@ class Fleet:
         if failures:
             raise RemoteError(failures[0])
         return [value for _, value in replies]
+
+    def lose(self, victim: int, function: str, *args: Any, ranks: int, **kwargs: Any) -> bool:
+        """Call on the first ``ranks`` workers, of which one may die; tell whether it did.
+
+        The others may then wait for it for ever: all that is left to do with them is to close them.
+        """
+        for worker in self._workers[:ranks]:
+            worker.send_bytes(pickle.dumps((function, ranks, args, kwargs)))
+        try:
+            self._workers[victim].recv_bytes()
+        except (EOFError, ConnectionError):
+            return True
+        for rank, worker in enumerate(self._workers[:ranks]):
+            if rank != victim:
+                worker.recv_bytes()
+        return False
 
     def one(self, function: str, *args: Any, **kwargs: Any) -> Any:
         """Call on a single worker and return its result."""

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tailor_dcp.carry import sync_folder
+from tailor_dcp.carry import make_folder, sync_file, sync_folder
 from tailor_dcp.catalog import Catalog, in_dtype, only_layers, weights_only
 from tailor_dcp.collector import collector_off
 from tailor_dcp.errors import ConversionError, TailorError
@@ -222,7 +222,7 @@ def _complete_or_absent(place: Path, final: Path) -> Iterator[None]:
 
     def prepare() -> None:
         if first:
-            place.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(place.parent)
             lock.take()
             _remove(place)  # of a conversion that was killed
 
@@ -262,12 +262,8 @@ def _sync(place: Path) -> None:
             continue
         if path.is_dir():
             sync_folder(path)
-            continue
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        else:
+            sync_file(path)
     if place.is_dir():
         sync_folder(place)
 

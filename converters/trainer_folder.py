@@ -136,7 +136,8 @@ def write_trainer_files(catalog: Catalog, folder: Path) -> None:
         (folder / STATE).write_text(json.dumps(text, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if "scheduler" in catalog.train:
             torch.save(whole_scheduler(catalog.train["scheduler"]), folder / _SCHEDULER)
-        states = rank_state.unpack(catalog.train["rng"], "train.rng") if catalog.train.get("rng") else []
+        rng = catalog.train.get("rng")
+        states = rank_state.unpack(rng, "train.rng") if isinstance(rng, bytes) and rng else []
         for rank, held in enumerate(states):
             name = "rng_state.pth" if len(states) == 1 else f"rng_state_{rank}.pth"
             torch.save(_to_trainer(held), folder / name)

@@ -164,7 +164,7 @@ def _client(plan: ZeroPlan) -> dict[str, Any]:
     own = train.get("client")
     client |= dict(own) if isinstance(own, Mapping) else {}
     # The Trainer's folder has files of its own for generators.
-    carried = {name: train[name] for name in ("rng", "dataloader") if train.get(name)}
+    carried = {name: train[name] for name in ("rng", "dataloader") if train.get(name) is not None}
     if "trainer_state" in train:
         carried.pop("rng", None)
     return {**client, CARRIER: carried} if carried else client

@@ -8,9 +8,13 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
+from torch.distributed.checkpoint.metadata import Metadata
+
+from tailor_dcp.errors import TailorError
 from tailor_dcp.location import Location, is_within, real
 from tailor_dcp.metadata.record import CarryMode
 from tailor_dcp.ranges import copy_range
@@ -101,6 +105,45 @@ def prune_empty(carried: Path) -> None:
             place_.rmdir()
 
 
+class RemovedMeanwhileError(TailorError):
+    """What a save has written is gone before it was committed."""
+
+
+def check_there(metadata: Metadata, folder: Path | None) -> None:
+    """Check, right before the commit, that the files in a folder are there which its checkpoint will name.
+
+    A save into a folder removes what earlier ones have left there, and cannot tell a save that is under way from one
+    that was killed.
+
+    Args:
+        metadata: the checkpoint's.
+        folder: where it will be; None if nobody knows. Nothing is checked in stores, nor where it is not there yet: a
+            conversion grows beside it.
+
+    Raises:
+        RemovedMeanwhileError: naming one that is not.
+    """
+    if folder is None or is_remote(folder) or not folder.exists():
+        return
+    names = {info.relative_path for info in metadata.storage_data.values()}
+    inside = sorted(name for name in names if not name.startswith(("/", "..")))
+    listed = {parent: _listed(parent) for parent in {(folder / name).parent for name in inside}}
+    for name in inside:
+        if Path(name).name not in listed[(folder / name).parent]:
+            raise RemovedMeanwhileError(
+                f"{folder / name} is gone: another save into {folder} has ended meanwhile and removed it. This one "
+                f"was not committed; save again, into a folder that nothing else saves into."
+            )
+
+
+def _listed(folder: Path) -> set[str]:
+    """Return the names in a folder: one look for all of its files."""
+    try:
+        return {entry.name for entry in os.scandir(folder)}
+    except FileNotFoundError:
+        return set()
+
+
 def _path(name: str, source: Source, base: Location) -> Path:
     path = source.path or base.folder / name
     return real(path.parent) / path.name
@@ -108,7 +151,8 @@ def _path(name: str, source: Source, base: Location) -> Path:
 
 def _check(path: Path, base: Location, source: Source, size: int | None) -> None:
     if not _SAVE_ID.fullmatch(source.save_id):
-        raise OSError(errno.EPERM, f"{source.save_id!r} is no save id")
+        why = f"{source.save_id!r} is no save id" if source.save_id else "torch before 2.4 wrote it, without a save id"
+        raise OSError(errno.EPERM, why)
     if not is_within(path, base.run):
         raise OSError(errno.EPERM, "it lies outside the run's folder")
     if size is None:
@@ -124,6 +168,8 @@ def _link(path: Path, target: Location, source: Source) -> str:
     except FileExistsError:
         if not os.path.samestat(path.stat(), new.stat()):
             raise
+        with suppress(OSError):
+            os.utime(new.parent)  # so that it is not taken for what an earlier save has left
     return new.relative_to(target.folder).as_posix()
 
 
@@ -161,6 +207,8 @@ _MODES: dict[CarryMode, Callable[[Path, Location, Source], str]] = {
 
 def _carried_path(path: Path, target: Location, source: Source) -> Path:
     folder = target.folder / CARRIED / source.save_id
+    if not is_remote(folder):
+        make_folder(target.folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder / path.name
 
@@ -172,14 +220,46 @@ def _make_durable(folders: set[Path], root: Path) -> None:
             sync_folder(folder)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it that are missing; their names are on the disk before anything is in them.
+
+    What is flushed within a folder is lost with power all the same if the folder's own name was not.
+    """
+    missing = list(takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync_folder(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Flush what is in a file that was written by somebody who did not.
+
+    Raises:
+        OSError: the disk is failing, or the like.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_CANNOT = frozenset(
+    {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
+)
+
+
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's own entries; file systems that cannot do it need not."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """Flush a folder's own entries; file systems that cannot do it need not.
+
+    Raises:
+        OSError: the disk is failing, or the like: what the folder holds may be lost.
+    """
+    try:
+        sync_file(folder)
+    except OSError as error:
+        if error.errno not in _CANNOT:
+            raise
 
 
 def explain(error: OSError) -> str:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
+from tailor_dcp.carry import make_folder, sync_file, sync_folder
 from tailor_dcp.errors import TailorError
 from tailor_dcp.stores import is_remote
 
@@ -35,11 +36,16 @@ def give_files(files: Mapping[str, Path], folder: Path) -> None:
         if target.exists():
             continue
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if is_remote(source) or is_remote(target):
+            if is_remote(target):
+                target.write_bytes(source.read_bytes())
+                continue
+            make_folder(target.parent)
+            if is_remote(source):
                 target.write_bytes(source.read_bytes())
             else:
                 shutil.copyfile(source, target)
+            sync_file(target)
+            sync_folder(target.parent)
         except OSError as error:
             raise TailorError(f"{source} cannot be carried along: {error.strerror}.") from error
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tailor_dcp.carry import make_folder
 from tailor_dcp.errors import TailorError
 from tailor_dcp.location import METADATA, is_within
 from tailor_dcp.ranges import Advance, copy_range, pieces
@@ -81,7 +82,7 @@ class CopyJob:
     def bring(self, item: Item) -> None:
         """Make one item be at the destination."""
         new = self.destination(item)
-        new.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(new.parent)
         first = self._first.setdefault(item.inode, new)
         if first is not new and self._link(first, new):
             return

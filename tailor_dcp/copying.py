@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tailor_dcp.carry import sync_folder
+from tailor_dcp.carry import make_folder, sync_folder
 from tailor_dcp.census import DOOMED, walk
 from tailor_dcp.copy_job import PARTIAL, CopyJob, CopyRefusedError, Item
 from tailor_dcp.errors import NoCheckpointError, TailorError, TailorWarning
@@ -90,9 +90,16 @@ def copy(
     job = CopyJob(source, target, verify, _advance(items, progress))
     _check_destination(items, job)
     try:
-        target.mkdir(parents=True, exist_ok=True)
+        make_folder(target)
         for item in items:
-            job.bring(item)
+            if item.path.name != METADATA:
+                job.bring(item)
+        for folder, _ in walk(target):  # also what an earlier call has brought
+            sync_folder(folder)
+        for item in items:
+            if item.path.name == METADATA:
+                job.bring(item)
+                sync_folder(job.destination(item).parent)
         _settle(source, target)
     except OSError as error:
         raise _cannot(error, source) from error

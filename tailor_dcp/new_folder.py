@@ -14,7 +14,7 @@ from typing import Protocol
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from tailor_dcp.carry import sync_folder
+from tailor_dcp.carry import make_folder, sync_folder
 from tailor_dcp.commit import commit
 from tailor_dcp.companions import FOLDER, put_files
 from tailor_dcp.errors import TailorError
@@ -147,7 +147,7 @@ class _OnDisk(NewFolder):
         self._lock = Lock(target.with_name(f"{self._partial.name}.lock"), busy)
 
     def begin(self) -> None:
-        self.target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.target.parent)
         self._lock.take()
         shutil.rmtree(self._partial, ignore_errors=True)
         self._partial.mkdir()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from torch.distributed.checkpoint.metadata import Metadata
@@ -14,8 +15,10 @@ from tailor_dcp.base import open_base
 from tailor_dcp.carry import CARRIED, prune_empty
 from tailor_dcp.errors import TailorError
 from tailor_dcp.location import DEEPEST_SERIES, METADATA, Location, locate, real, same_folder
+from tailor_dcp.locks import alone_in
 from tailor_dcp.metadata.record import save_id_of
 from tailor_dcp.metadata.safe_pickle import read
+from tailor_dcp.stores import is_remote
 
 _DATA_FILE = re.compile(r"__\d+_.*\.distcp")
 
@@ -65,6 +68,12 @@ def _committed(checkpoint_id: str | None) -> None:
 
 
 def _sweep(location: Location, old: set[str], save_id: str) -> None:
+    # Between looking who has committed and removing, another save into this folder must not commit.
+    with nullcontext() if is_remote(location.folder) else alone_in(location.folder):
+        _remove(location, old, save_id)
+
+
+def _remove(location: Location, old: set[str], save_id: str) -> None:
     try:
         metadata = read(location.folder / METADATA)
         # After a save of ours that failed, a stock save may be the next: its files may have old names.
@@ -73,11 +82,21 @@ def _sweep(location: Location, old: set[str], save_id: str) -> None:
         in_use = referring_files(location)
     except TailorError:
         return
-    for name in old - _names(metadata):
-        if real(location.folder / name) not in in_use:
-            with suppress(OSError):
-                (location.folder / name).unlink()
+    swept = {location.folder / name for name in old - _names(metadata)}
+    swept = {path for path in swept if real(path) not in in_use}
+    for path in swept:
+        with suppress(OSError):
+            path.unlink()
     prune_empty(location.folder / CARRIED)
+    _restore({path.parent for path in swept if path.parent != location.folder}, location)
+
+
+def _restore(folders: set[Path], location: Location) -> None:
+    """Let the folders of carried files look as old as the commit: nothing was put there since."""
+    for folder in folders if not is_remote(location.folder) else ():
+        with suppress(OSError):
+            committed = (location.folder / METADATA).stat().st_mtime_ns
+            os.utime(folder, ns=(committed, committed))
 
 
 dcp_events.subscribe("finish_checkpoint", "end", _committed)

@@ -19,12 +19,13 @@ from typing import NamedTuple
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from tailor_dcp.base import Base, open_base
-from tailor_dcp.carry import CARRIED, sync_folder
+from tailor_dcp.carry import CARRIED, make_folder, sync_folder
 from tailor_dcp.census import DOOMED, walk
 from tailor_dcp.copy_job import PARTIAL, CopyRefusedError
 from tailor_dcp.errors import TailorError, TailorWarning
 from tailor_dcp.input_files import open_input
 from tailor_dcp.location import METADATA, real
+from tailor_dcp.metadata.compose import sign
 from tailor_dcp.metadata.pickle_writer import dumps
 from tailor_dcp.metadata.record import ATTRIBUTE
 from tailor_dcp.ranges import Advance, write_all
@@ -192,6 +193,7 @@ class _Transfer:
                 record[field] = {names.get(name, name): value for name, value in record.get(field, {}).items()}
             if any(names[name] != name for name in names):
                 record["carry"] = "reference"
+        sign(metadata)
         return metadata
 
     def _name(self, base: Base, name: str, folder: Path) -> str:
@@ -248,7 +250,7 @@ def _put(new: Path, windows: Iterator[memoryview], status: os.stat_result) -> No
             for window in windows:
                 stream.write(window)
         return
-    new.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(new.parent)
     partial = new.with_name(f"{new.name}{PARTIAL}")
     with partial.open("wb") as stream:
         for window in windows:

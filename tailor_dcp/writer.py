@@ -6,6 +6,7 @@ import os
 import queue
 from collections import defaultdict
 from collections.abc import Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +20,19 @@ from torch.distributed.checkpoint.filesystem import (
     FileSystemBase,
     _item_size,
     _StoragePrefix,
+    _write_files_from_queue,
 )
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from tailor_dcp.carry import sync_folder
+from tailor_dcp.carry import check_there, make_folder, sync_folder
 from tailor_dcp.crc import ChecksumStream
 from tailor_dcp.errors import TailorError
 from tailor_dcp.location import METADATA
+from tailor_dcp.locks import alone_in
+from tailor_dcp.metadata.compose import sign
 from tailor_dcp.metadata.pickle_writer import dump, dumps
 from tailor_dcp.metadata.record import ATTRIBUTE, packed
 from tailor_dcp.planner import REST, LayerwisePlanner
@@ -41,6 +45,11 @@ class WriteFailedError(TailorError):
     """A store did not take what was to be written; what was there before is untouched."""
 
 
+def _cannot_write(path: str | os.PathLike[str], error: OSError) -> WriteFailedError:
+    why = error.strerror or error
+    return WriteFailedError(f"{os.fspath(path)} cannot be written: {why}; nothing was committed, save again.")
+
+
 @dataclass(frozen=True)
 class CheckedResult(WriteResult):
     """DCP's result of one blob, and the blob's CRC-32."""
@@ -51,18 +60,29 @@ class CheckedResult(WriteResult):
 class _ChecksumFileSystem(FileSystem):
     """Local files whose blobs' CRCs are noted while they are written."""
 
-    def __init__(self) -> None:
+    def __init__(self, sync: bool) -> None:
         self.crcs: dict[str, dict[int, int]] = {}
+        self._sync = sync
+
+    def mkdir(self, path: str | os.PathLike[str]) -> None:
+        if self._sync:
+            make_folder(Path(path))
+        else:
+            super().mkdir(path)
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[Any, None, None]:
-        with super().create_stream(path, mode) as raw:
-            if mode != "wb":
+        if mode != "wb":
+            with super().create_stream(path, mode) as raw:
                 yield raw
-                return
-            stream = ChecksumStream(cast(IO[bytes], raw))
-            yield stream
-            self.crcs[Path(path).name] = stream.blobs
+            return
+        try:
+            with super().create_stream(path, mode) as raw:
+                stream = ChecksumStream(cast(IO[bytes], raw))
+                yield stream
+                self.crcs[Path(path).name] = stream.blobs
+        except OSError as error:
+            raise _cannot_write(path, error) from error
 
 
 class _Store(FileSystemBase):
@@ -84,9 +104,7 @@ class _Store(FileSystemBase):
                 yield stream
                 self.crcs[where.name] = stream.blobs
         except OSError as error:
-            raise WriteFailedError(
-                f"{where} cannot be written: {error.strerror or error}; nothing was committed, save again."
-            ) from error
+            raise _cannot_write(where, error) from error
 
     def concat_path(self, path: str | os.PathLike[str], suffix: str) -> Path:
         return place(path) / suffix
@@ -152,7 +170,9 @@ class LayerwiseWriter(FileSystemWriter):
         super().reset(None)
 
     def _take(self, path: str | os.PathLike[str]) -> None:
-        self._checksums: _Store | _ChecksumFileSystem = _Store() if is_url(path) else _ChecksumFileSystem()
+        self._checksums: _Store | _ChecksumFileSystem = (
+            _Store() if is_url(path) else _ChecksumFileSystem(self.sync_files)
+        )
         self.fs: Any = self._checksums
         self.path = place(path)
 
@@ -173,12 +193,41 @@ class LayerwiseWriter(FileSystemWriter):
         for number, items in enumerate(_files(plan.items, planner, self.thread_count)):
             name = f"{prefix.prefix}{number}{DEFAULT_SUFFIX}"
             files.put((place(self.path) / name, name, items))
-        results = self._write_data(planner, files).wait()
+        results = self._write_files(planner, files)
         if self.sync_files:
             sync_folder(place(self.path))
         future: Future[list[WriteResult]] = Future()
         future.set_result([self._checked(result) for result in results])
         return future
+
+    def _write_files(
+        self, planner: SavePlanner, files: queue.Queue[tuple[Path, str, list[WriteItem]]]
+    ) -> list[WriteResult]:
+        """Write as DCP does, but let what goes wrong in a thread be heard."""
+        done: queue.Queue[list[WriteResult]] = queue.Queue()
+
+        def work() -> None:
+            _write_files_from_queue(
+                self.fs.create_stream,
+                files,
+                done,
+                planner,
+                self.transforms,
+                self.per_thread_copy_ahead,
+                self.sync_files,
+                self.thread_count,
+                self.serialization_format,
+            )
+
+        with ThreadPoolExecutor(max(1, self.thread_count - 1)) as pool:
+            others = [pool.submit(work) for _ in range(1, self.thread_count)]
+            work()
+            for other in others:
+                other.result()
+        results: list[WriteResult] = []
+        while not done.empty():
+            results += done.get_nowait()
+        return results
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commit: the checkpoint is there as soon as ``.metadata`` has its name."""
@@ -190,10 +239,19 @@ class LayerwiseWriter(FileSystemWriter):
         metadata.storage_data = {result.index: result.storage_data for result in written}
         metadata.storage_meta = self.storage_meta()
         _note_checksums(metadata, written)
+        sign(metadata)
         folder = place(self.path)
         if is_url(folder):
             self._put(metadata, folder / METADATA)
             return
+        try:
+            with alone_in(folder):
+                self._commit(metadata, folder)
+        except OSError as error:
+            raise _cannot_write(folder / METADATA, error) from error
+
+    def _commit(self, metadata: Metadata, folder: Path) -> None:
+        check_there(metadata, folder)
         partial = folder / f"{METADATA}.tmp"
         with partial.open("wb") as stream:
             dump(metadata, stream)
@@ -209,9 +267,7 @@ class LayerwiseWriter(FileSystemWriter):
         try:
             path.write_bytes(dumps(metadata))
         except OSError as error:
-            raise WriteFailedError(
-                f"{path} cannot be written: {error.strerror}; nothing was committed, save again."
-            ) from error
+            raise _cannot_write(path, error) from error
 
     def _checked(self, result: WriteResult) -> CheckedResult:
         info = result.storage_data

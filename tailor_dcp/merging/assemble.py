@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 
 from tailor_dcp.base import Base
-from tailor_dcp.carry import CARRIED, explain, sync_folder
+from tailor_dcp.carry import CARRIED, explain, make_folder, sync_folder
 from tailor_dcp.commit import commit
 from tailor_dcp.companions import put_files
 from tailor_dcp.crc import crc32
@@ -56,7 +56,8 @@ def assemble(
     made.place(names)
     _write_values(made, folder, save_id)
     put_files(files, folder)
-    for touched in () if is_remote(folder) else {folder, *((folder / name).parent for name in names.values())}:
+    linked = {above for name in names.values() for above in (folder / name).parents if above.is_relative_to(folder)}
+    for touched in () if is_remote(folder) else {folder, *linked}:
         sync_folder(touched)
     commit(metadata_of(made, out, save_id, step, base), folder)
     return names
@@ -212,7 +213,7 @@ def growing(out: Path) -> Iterator[Path]:
     )
     made = [parent for parent in out.parents if not parent.exists()]
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(out.parent)
         lock.take()
         shutil.rmtree(folder, ignore_errors=True)  # of a merge that was killed
         folder.mkdir()

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from tailor_dcp.cli.output import console, print_json, say, size
+from tailor_dcp.cli.output import complain, console, print_json, say, size
 from tailor_dcp.errors import TailorError
 
 from . import ranks
@@ -151,12 +151,12 @@ def main() -> None:
         app()
     except TailorError as error:
         if ranks.rank() == 0:
-            typer.echo(f"tailor-convert: {error}", err=True)
+            complain("tailor-convert", error)
         sys.exit(error.exit_code)
     except OSError as error:  # a disk's, or a store's that nothing else gave a meaning
         if ranks.rank() == 0:
             what = f"{error.filename} cannot be reached: {error.strerror}" if error.filename else str(error)
-            typer.echo(f"tailor-convert: {what.rstrip('.')}.", err=True)
+            complain("tailor-convert", f"{what.rstrip('.')}.")
         sys.exit(TailorError.exit_code)
 
 

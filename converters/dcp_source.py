@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,14 +20,14 @@ from tailor_dcp.layers import Path as KeyPath
 from tailor_dcp.location import METADATA
 from tailor_dcp.metadata.compose import shape_of, unstored
 from tailor_dcp.open_checkpoint import Checkpoint
-from tailor_dcp.rank_state import NUMPY_CLASSES
+from tailor_dcp.raw_stretch import is_raw
 from tailor_dcp.tensors import Readable
+from tailor_dcp.unpickling import allowed
 
 from . import accelerate_folder
 from .chunked import Chunk, Chunked, in_place
 from .options import Options
 from .sorting import sort
-from .torch_file import imported
 from .trainer_folder import is_trainer_folder, trainer_train
 
 _MEGATRON = "common.pt"
@@ -89,7 +88,7 @@ def _open(path: Path, options: Options, files: dict[str, Path]) -> Catalog:
     contents.check_files((index.fqn, info) for index, info in contents.base.metadata.storage_data.items())
     paths: dict[str, KeyPath] = {key: (contents.base.metadata.planner_data or {}).get(key, (key,)) for key in stored}
     tensors = {key for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
-    checkpoint = Checkpoint(contents)
+    checkpoint = Checkpoint(contents, allowed(options.allow))
     leaders = _leaders(contents)
     known: dict[Places | str, Readable] = {}
     catalog = sort(
@@ -98,7 +97,7 @@ def _open(path: Path, options: Options, files: dict[str, Path]) -> Catalog:
         paths,
         tensors,
         lambda key: _tensor(contents, checkpoint, leaders.get(key, key), known),
-        _Values(checkpoint, options).__getitem__,
+        checkpoint.__getitem__,
     )
     return replace(catalog, files=files, dtypes=_dtypes(contents))
 
@@ -108,18 +107,6 @@ def _dtypes(contents: Contents) -> dict[tuple[str, str], torch.dtype]:
     record, entries = contents.base.record, contents.entries
     told = {key: contents.base.source_shape(key).dtype for key in (record.narrowed if record else ()) if key in entries}
     return {(entries[key].fqn, entries[key].unit.kind): dtype for key, dtype in told.items() if dtype is not None}
-
-
-class _Values:
-    """The entries of a checkpoint that are no parameters, each read when it is asked for."""
-
-    def __init__(self, checkpoint: Checkpoint, options: Options) -> None:
-        self._checkpoint = checkpoint
-        self._admitted = [imported(name) for name in options.allow] + NUMPY_CLASSES
-
-    def __getitem__(self, key: str) -> Any:
-        with torch.serialization.safe_globals(self._admitted):
-            return self._checkpoint[key]
 
 
 def _leaders(contents: Contents) -> dict[str, str]:
@@ -163,6 +150,9 @@ def _tensor(contents: Contents, checkpoint: Checkpoint, key: str, known: dict[Pl
     if _overlap(entry.chunks):
         raise DamagedSourceError(f"Parts of {contents.described(key)} in {contents.folder} lie over each other.")
     blobs = contents.base.blobs[key]
+    plain = not any(info.transform_descriptors and not is_raw(info) for _, info in blobs)
+    if plain and shape_of(entry).bytes > sum(info.length for _, info in blobs):  # metadata can claim any size
+        raise DamagedSourceError(f"{contents.described(key)} is not stored in full in {contents.folder}.")
     places = {index.offset: info for index, info in blobs}
     chunks = []
     for chunk in sorted(entry.chunks, key=lambda c: tuple(c.offsets)):

@@ -107,12 +107,19 @@ def weight_files(path: Path) -> WeightFiles:
         if name != Path(name).name or name in ("", ".", "..") or "\\" in name:
             raise ConversionError(f"{path} says that {tensor} is in {name!r}, outside of its folder; mend the index.")
         file = path.with_name(name)
-        if name not in files and not file.is_file():
+        if name not in files and not _is_file(file):
             raise DamagedSourceError(f"{path} says that {tensor} is in {name}, which is missing; copy that file, too.")
         files[name] = file
     return WeightFiles(
         [confined(file) for file in files.values()], {tensor: files[name] for tensor, name in names.items()}
     )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is longer than any file's
+        return False
 
 
 def stored_tensors(files: WeightFiles, options: Options) -> dict[str, Readable]:
@@ -161,7 +168,7 @@ def carried(folder: Path) -> dict[str, Path]:
         ConversionError: one of them is a link that leads out of the folder.
     """
     found = {path.name: path for path in _files(folder) if _is_carried(path.name)}
-    templates = folder / _TEMPLATES
+    templates = confined(folder / _TEMPLATES)
     found |= {f"{_TEMPLATES}/{path.name}": path for path in _files(templates) if path.suffix == ".jinja"}
     return {name: confined(path, folder) for name, path in sorted(found.items())}
 

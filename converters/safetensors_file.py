@@ -190,9 +190,11 @@ def layout_of(tensors: Mapping[str, Readable], metadata: Mapping[str, str]) -> L
     """Lay tensors out in a file exactly as the safetensors library does.
 
     Raises:
-        ConversionError: a tensor has a dtype that the format has not.
+        ConversionError: a tensor has a dtype or a name that the format cannot have.
     """
     for name, tensor in tensors.items():
+        if any("\ud800" <= character <= "\udfff" for character in name):
+            raise ConversionError(f"The name {name!a} has half of a character, which safetensors cannot hold.")
         if tensor.dtype not in _NAMES:
             raise ConversionError(f"{name} is of {tensor.dtype}, which safetensors has not; give another with --dtype.")
     entries: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}

@@ -7,11 +7,9 @@ bytes lie in the file.
 
 from __future__ import annotations
 
-import importlib
 import pickle
-import re
 import zipfile
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,11 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from tailor_dcp import unpickling
 from tailor_dcp.errors import ConversionError, DamagedSourceError
-from tailor_dcp.rank_state import NUMPY_CLASSES
 from tailor_dcp.tensors import Given, Piece, Readable, Stored
+from tailor_dcp.unpickling import tensors_of
 
-_CLASS = re.compile(r"(?:GLOBAL|Unsupported (?:class|global):?) (?:GLOBAL )?([\w.]+)")
 _SMALL = 1 << 12
 """Bytes up to which a tensor is simply kept in memory."""
 _VALUE = 1 << 20
@@ -55,12 +53,11 @@ class TorchFile:
         self._base: int | None = None
         self._records: dict[int, int] = {}
         self._read_from: dict[int, int] = {}
-        self._admitted: list[Any] = [(cls, name) for name, cls in (stand_ins or {}).items()]
-        self._admitted += [imported(name) for name in allow] + NUMPY_CLASSES
+        stand: list[unpickling.Admitted] = [(cls, name) for name, cls in (stand_ins or {}).items()]
+        self._admitted = (*stand, *unpickling.allowed(allow))
         self._mapped = _is_archive(path)
         try:
-            with torch.serialization.safe_globals(self._admitted):
-                self.tree: Any = self._load()
+            self.tree: Any = self._load()
         except pickle.UnpicklingError as error:
             raise self._refused(error) from error
         except OSError as error:
@@ -75,10 +72,12 @@ class TorchFile:
                 self._base = self._find_base()
             except RecursionError as error:
                 raise self._damaged("it is nested without end") from error
+            except (RuntimeError, pickle.UnpicklingError) as error:  # tensors of kinds that only exist with values
+                raise self._damaged(_first_line(error)) from error
 
     def _load(self) -> Any:
         try:
-            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mapped or None)
+            return unpickling.load(self.path, self._admitted, map_location="cpu", mmap=self._mapped or None)
         except RuntimeError as error:
             # torch maps files so that they could be written to, which takes as much memory as could be needed for it.
             if "unable to mmap" not in str(error):
@@ -88,7 +87,15 @@ class TorchFile:
     def _load_unmapped(self) -> Any:
         """Return the tree with tensors that are not there, of which torch tells where in the file they lie."""
         with FakeTensorMode():
-            return torch.load(self.path, map_location="cpu", weights_only=True)
+            tree = unpickling.load(self.path, self._admitted, map_location="cpu")
+        dtypes: dict[int, torch.dtype] = {}
+        for tensor in tensors_of(tree):
+            # torch.save refuses to write this; of what says so, torch makes other tensors here than elsewhere.
+            if isinstance(tensor, FakeTensor) and tensor.layout is torch.strided and tensor.untyped_storage().nbytes():
+                told = _offset_told(tensor.untyped_storage())
+                if dtypes.setdefault(told, tensor.dtype) != tensor.dtype:
+                    raise self._damaged("one record is tensors of two dtypes")
+        return tree
 
     def stored(self, tensor: torch.Tensor) -> Readable:
         """Return where a tensor of the tree lies in the file; small and odd ones are copied instead.
@@ -102,14 +109,26 @@ class TorchFile:
                 f"{self.path} holds a {type(tensor).__name__} of layout {tensor.layout}, which cannot be converted; "
                 f"save plain tensors instead."
             )
-        if isinstance(tensor, FakeTensor) and tensor.is_contiguous():
-            return self._at(tensor)
+        if isinstance(tensor, FakeTensor):
+            return self._at(tensor) if _is_as_it_lies(tensor) else Given(self._gathered(tensor))
         tensor = tensor.detach()
         if tensor.is_conj() or tensor.is_neg():  # the file has the bytes without what is kept beside them
             return Given(tensor.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format))
         if self._base is None or tensor.numel() * tensor.itemsize <= _SMALL or not tensor.is_contiguous():
             return Given(tensor.clone(memory_format=torch.contiguous_format))
         return self._at(tensor)
+
+    def _gathered(self, tensor: FakeTensor) -> torch.Tensor:
+        """Read a tensor whose elements lie in the file in another order, or as others than they are."""
+        place, storage = self.offset(tensor), tensor.untyped_storage()
+        if place is None:
+            return torch.empty(tensor.shape, dtype=tensor.dtype)
+        first, count = int(tensor.storage_offset()), storage.nbytes() // tensor.itemsize
+        piece = Piece(self.path, place - first * tensor.itemsize, 0, count)
+        flat = Stored(torch.Size((count,)), tensor.dtype, (piece,)).whole()
+        made = flat.as_strided(tensor.shape, tensor.stride(), first).contiguous()
+        made = made.conj_physical() if tensor.is_conj() else made
+        return made.neg() if tensor.is_neg() else made
 
     def _at(self, tensor: torch.Tensor) -> Stored:
         place = self.offset(tensor)
@@ -128,7 +147,7 @@ class TorchFile:
         if not storage.nbytes() or (self._base is None and not isinstance(tensor, FakeTensor)):
             return None
         offset: int = _offset_told(storage) if self._base is None else storage.data_ptr() - self._base
-        if self._records.get(offset, -1) < storage.nbytes():
+        if self._records.get(offset) != storage.nbytes():
             raise self._damaged("a tensor lies outside of its records")
         return offset + int(tensor.storage_offset()) * tensor.itemsize
 
@@ -141,23 +160,27 @@ class TorchFile:
         if any(isinstance(tensor, FakeTensor) for tensor in tensors_of(self.tree)):
             self.tree = self._with_values(self.tree)
             return None
-        plain = (tensor for tensor in tensors_of(self.tree) if tensor.layout is torch.strided)
-        starts = {t.untyped_storage().data_ptr() for t in plain if t.untyped_storage().nbytes()}
-        starts.discard(0)
+        plain = (tensor.untyped_storage() for tensor in tensors_of(self.tree) if tensor.layout is torch.strided)
+        starts = {storage.data_ptr(): storage.nbytes() for storage in plain if storage.nbytes()}
+        starts.pop(0, None)
         offsets = {offset for offset, length in self._records.items() if length}
         if not starts or not offsets:
             return None
         base = min(starts) - min(offsets)
-        if {start - base for start in starts} == offsets:
+        # A record without bytes that a tensor claims to have some in would shift all others.
+        empty = sum(not tensor.untyped_storage().nbytes() for tensor in tensors_of(self.tree) if _is_strided(tensor))
+        if {start - base for start in starts} == offsets and len(self._records) - len(offsets) <= empty:
+            # Mapped storages are not held against their records, and small tensors are not asked for their places.
+            if any(self._records[start - base] != length for start, length in starts.items()):
+                raise self._damaged("a tensor lies outside of its records")
             return base
-        with torch.serialization.safe_globals(self._admitted):
-            self.tree = self._with_values(self._load_unmapped())
+        self.tree = self._with_values(self._load_unmapped())
         return None
 
     def _with_values(self, tree: Any) -> Any:
         """Return nested containers in which small tensors that were not read are, as others ask for their values."""
         if isinstance(tree, FakeTensor):
-            if tree.numel() * tree.itemsize > _VALUE or not tree.is_contiguous():
+            if tree.numel() * tree.itemsize > _VALUE or not _is_as_it_lies(tree):
                 return tree
             offset, value = self.offset(tree), self._at(tree).whole()
             if offset is not None:
@@ -169,35 +192,28 @@ class TorchFile:
         return type(tree)(map(self._with_values, tree)) if type(tree) in (list, tuple) else tree
 
     def _refused(self, error: Exception) -> ConversionError:
-        unknown = _CLASS.search(str(error))
-        if unknown is None:  # torch's own words would have it loaded with weights_only=False
+        name = unpickling.asked_for(error)
+        if name is None:  # torch's own words would have it loaded with weights_only=False
             return self._damaged("its pickle is not of the kind that torch.save writes")
-        name = unknown[1].rstrip(".")
-        return ConversionError(
-            f"{self.path} holds an object of {name}, which could run code and was not loaded; if you trust it, admit "
-            f"it with --allow {name}."
-        )
+        return ConversionError(f"{self.path} {unpickling.refusal(name)}.")
 
     def _damaged(self, why: str) -> DamagedSourceError:
         return DamagedSourceError(f"{self.path} is damaged, or no torch.save file ({why.rstrip('.')}); copy it anew.")
+
+
+def _is_as_it_lies(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor is what its bytes in the file are, in their order."""
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def _is_strided(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided
 
 
 def _offset_told(storage: Any) -> int:
     """Return where torch.load says that a storage lies which it did not read."""
     told: int = storage._checkpoint_offset
     return told
-
-
-def tensors_of(tree: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors of nested containers."""
-    stack, seen = [tree], set()
-    while stack:
-        value = stack.pop()
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, Mapping | list | tuple | set) and id(value) not in seen:
-            seen.add(id(value))  # a pickle can make a list that contains itself
-            stack.extend(value.values() if isinstance(value, Mapping) else value)
 
 
 def in_memory(tree: Any, depth: int = 0) -> Any:
@@ -254,25 +270,12 @@ def _records(path: Path) -> dict[int, int]:
                 names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
                 if entry.compress_type != zipfile.ZIP_STORED or len(header) < _LOCAL_HEADER:
                     raise DamagedSourceError(f"{path} is a compressed archive, which torch.save does not write.")
+                if entry.compress_size != entry.file_size:
+                    raise DamagedSourceError(f"{path} is damaged (a record has two lengths); copy it anew.")
                 found[entry.header_offset + _LOCAL_HEADER + names] = entry.file_size
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise DamagedSourceError(f"{path} is damaged ({_first_line(error)}); copy it anew.") from error
     return found
-
-
-def imported(name: str) -> tuple[Any, str]:
-    """Return a class that the user trusts, with its full name, as ``torch.serialization.safe_globals`` takes it.
-
-    Raises:
-        ConversionError: there is none of this name.
-    """
-    module, _, attribute = name.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), attribute), name
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConversionError(
-            f"--allow {name}: there is no such class to import ({_first_line(error)}); give it as module.Class."
-        ) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -12,6 +12,7 @@ from tailor_dcp.errors import ConversionError, DamagedSourceError
 from .hf_files import confined
 
 LATEST = "latest"
+_LONGEST = 256  # bytes of a name; a file system refuses longer ones by an error of its own
 OPTIM = re.compile(r"(?P<prefix>bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<mp>\d+)_?optim_states\.pt")
 MODEL3 = re.compile(r"zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<mp>\d+)_model_states\.pt")
 MODEL12 = re.compile(r"mp_rank_(?P<mp>\d+)_model_states\.pt")
@@ -77,12 +78,12 @@ def find(path: Path, tag: str | None = None) -> ZeroFolder:
             f"{root} has no checkpoint {name!r}{_named(root, tag)}; it has {', '.join(_tags(root)) or 'none'}: "
             f"give one with --tag."
         )
-    return _files(folder, root)
+    return _files(confined(folder, root), root)
 
 
 def is_name(tag: str) -> bool:
     """Tell whether a tag is the name of a folder, and no way out of the one around it."""
-    return tag not in ("", "..") and Path(tag).name == tag
+    return tag not in ("", "..") and Path(tag).name == tag and len(tag.encode()) < _LONGEST
 
 
 def _named(root: Path, tag: str | None) -> str:

@@ -114,7 +114,10 @@ class _Sums:
 
 
 def diff(
-    a: str | os.PathLike[str], b: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    progress: Callable[[int, int], None] | None = None,
+    allow: tuple[str, ...] = (),
 ) -> Diff:
     """Compare two checkpoints, unit by unit.
 
@@ -126,12 +129,13 @@ def diff(
         a: the earlier checkpoint.
         b: the later one.
         progress: is told how many of how many elements are done.
+        allow: classes, as ``module.Class``, that may be unpickled.
 
     Raises:
         NothingInCommonError: they have no tensor of one name and shape.
         TailorError: one of them is none, is damaged, or cannot be read.
     """
-    one, other = (open_source(os.fspath(path), as_catalog=True) for path in (a, b))
+    one, other = (open_source(os.fspath(path), allow, as_catalog=True) for path in (a, b))
     assert one.catalog is not None
     assert other.catalog is not None
     mine, theirs = (dict(_tensors(source.catalog)) for source in (one, other))

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import io
-import pickle
-import re
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-
+from tailor_dcp import unpickling
 from tailor_dcp.errors import LoadError
+from tailor_dcp.metadata.pickle_names import shown
+from tailor_dcp.unpickling import Admitted
 
-_CLASS = re.compile(r"GLOBAL (\S+)")
 
-
-def load_entry(stored: io.BytesIO, key: str, source: str, device: str | None = "cpu") -> Any:
+def load_entry(
+    stored: io.BytesIO, key: str, source: str, device: str | None = "cpu", admitted: Sequence[Admitted] = ()
+) -> Any:
     """Return a stored tensor or object.
 
     Args:
@@ -22,25 +22,18 @@ def load_entry(stored: io.BytesIO, key: str, source: str, device: str | None = "
         key: its key.
         source: the file or folder that they come from, for messages.
         device: where tensors go; None for where they were saved, as stock DCP has it.
+        admitted: classes that the user trusts, as ``unpickling.allowed`` returns them.
 
     Raises:
-        LoadError: it holds a class that torch's safe loading does not admit, or is damaged.
+        LoadError: it holds a class that is not admitted, or is damaged.
     """
     try:
-        return torch.load(stored, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
-        unknown = _CLASS.search(str(error))
-        if unknown is None:
-            raise _damaged(key, source, error) from error
-        name = unknown[1].rstrip(".,")
-        raise LoadError(
-            f"{key} in {source} holds an object of {name}, which could run code and was not loaded; if you trust it, "
-            f"admit it with torch.serialization.add_safe_globals([{name.rpartition('.')[2]}])."
-        ) from error
+        return unpickling.load(stored, admitted, map_location=device)
     except Exception as error:  # a damaged archive can raise almost anything
-        raise _damaged(key, source, error) from error
-
-
-def _damaged(key: str, source: str, error: Exception) -> LoadError:
-    first = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-    return LoadError(f"{key} in {source} is damaged and cannot be read ({first}); use another checkpoint.")
+        name = unpickling.asked_for(error)
+        if name is not None:
+            raise LoadError(f"{shown(key)} in {source} {unpickling.refusal(name)}.") from error
+        first = shown((str(error) or type(error).__name__).splitlines()[0].rstrip("."))
+        raise LoadError(
+            f"{shown(key)} in {source} is damaged and cannot be read ({first}); use another checkpoint."
+        ) from error

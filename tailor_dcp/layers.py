@@ -27,6 +27,7 @@ ROOT = "(root)"
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _NUMBER = re.compile(r"(?:^|\.)([0-9]+)(?=\.|$)")
+_MOST_DIGITS = 18  # Python refuses to make a number of thousands of them, and no stack has so many layers
 _EXPERT = re.compile(r"(?:^|\.)(?:\w+_)?experts?\.[0-9]+(?=\.|$)")
 # What adapters and parametrizations put between a module and its parameters. An adapter always wraps a
 # module, so its names count from the second component on; torch can parametrize the root module as well.
@@ -59,7 +60,7 @@ def _compiled(patterns: tuple[str, ...]) -> tuple[re.Pattern[str], ...]:
     for pattern in patterns:
         try:
             compiled.append(re.compile(pattern))
-        except (re.error, TypeError) as error:
+        except (re.error, TypeError, OverflowError, RecursionError) as error:
             raise PolicyError(f"The layer pattern {pattern!r} is not a regular expression: {error}.") from error
     return tuple(compiled)
 
@@ -349,7 +350,7 @@ class LayerMap:
     def position(layer: str) -> tuple[str, int] | None:
         """Return a layer's stack and number there, ``("model.layers", 12)``; None outside of stacks."""
         number = _NUMBER.search(layer)
-        return (layer[: number.start()], int(number[1])) if number else None
+        return (layer[: number.start()], int(number[1])) if number and len(number[1]) <= _MOST_DIGITS else None
 
     def classify(self, paths: Mapping[str, Path], tensors: Collection[str]) -> dict[str, Entry]:
         """Recognise parameters, buffers and per-parameter optimizer states.

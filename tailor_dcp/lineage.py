@@ -96,7 +96,7 @@ class Token:
             raw = json.loads(text)  # type: ignore[arg-type]
             save_id, folder = raw["save_id"], raw["folder"]
             chain = tuple(Ancestor(str(f), str(i)) for f, i in raw["ancestors"])
-        except (TypeError, ValueError, KeyError):
+        except (TypeError, ValueError, KeyError, RecursionError):
             return None
         return cls(str(save_id), None if folder is None else str(folder), chain)
 

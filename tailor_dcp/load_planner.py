@@ -33,6 +33,7 @@ from tailor_dcp.metadata.record import record_of, save_id_of
 from tailor_dcp.names import close, listed
 from tailor_dcp.raw_stretch import Described, is_raw
 from tailor_dcp.store_path import StorePath, place
+from tailor_dcp.unpickling import allowed
 
 Reads = dict[str, tuple[Source, list[ReadItem]]]
 
@@ -53,6 +54,7 @@ class LayerwiseLoadPlanner(DefaultLoadPlanner):
         checkpoint: the folder that is loaded, the same that ``dcp.load`` gets.
         wishes: what the options ask for.
         cast: whether dtypes may differ.
+        admitted: the classes that objects may be of, and the names that they go by.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class LayerwiseLoadPlanner(DefaultLoadPlanner):
         steps: Mapping[str, int] | None = None,
         rename: Mapping[str, str] | None = None,
         cast: bool = False,
+        allow: Iterable[str | type] = (),
     ) -> None:
         """Choose what to load.
 
@@ -79,14 +82,18 @@ class LayerwiseLoadPlanner(DefaultLoadPlanner):
                 no layer, such as the names that param_groups list, keep those that the checkpoint has.
             cast: let torch convert where the checkpoint's dtype is not the tensor's. A dtype that the save itself
                 narrowed always comes back as it was in training.
+            allow: classes that objects may be of, as such or as ``"module.Class"``, beside those of torch, numpy and
+                the standard library that training states have. Allow only what you trust the checkpoint's writer with.
 
         Raises:
             LoadError: the options make no sense by themselves.
+            NotAllowedError: there is no such class to allow.
         """
         super().__init__()
         self.checkpoint = place(checkpoint)
         self.wishes = _wishes(layers, steps, rename)
         self.cast = cast
+        self.admitted = allowed(allow)
         self._chosen = Chosen({}, (), set())
         self._plan = LoadPlan([])
 
@@ -137,10 +144,10 @@ class LayerwiseLoadPlanner(DefaultLoadPlanner):
         """Take over an object, running nothing.
 
         Raises:
-            LoadError: it holds a class that torch's safe loading does not admit, or is damaged.
+            LoadError: it holds a class that is not allowed, or is damaged.
         """
         key = read_item.dest_index.fqn
-        loaded = load_entry(value, key, str(self.checkpoint), device=None)
+        loaded = load_entry(value, key, str(self.checkpoint), None, self.admitted)
         if self.flatten_state_dict:
             set_element(self.original_state_dict, self.mappings[key], loaded)
         else:

@@ -26,7 +26,8 @@ DEEPEST_SERIES = 2
 METADATA = ".metadata"
 """A checkpoint is committed when the file of this name exists in its folder."""
 
-_STEP_NAME = re.compile(r"(?:(?:global_?step|step|checkpoint)[-_=]?)?(\d+)", re.IGNORECASE)
+# Longer numbers are no steps, and Python refuses to read those of thousands of digits.
+_STEP_NAME = re.compile(r"(?:(?:global_?step|step|checkpoint)[-_=]?)?(\d{1,18})", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

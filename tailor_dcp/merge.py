@@ -91,7 +91,7 @@ def merge(
         materialize: copy the bytes, so that the result shares no file with its sources.
         seed: fixes what methods draw that draw random numbers; None to draw it and tell it in a note.
         world_size: ranks that a ZeRO checkpoint is written for; None for the base's own.
-        allow: classes, as ``module.Class``, that may be unpickled from sources of other formats.
+        allow: classes, as ``module.Class``, that may be unpickled.
         progress: is told how many of how many bytes are done.
 
     Raises:

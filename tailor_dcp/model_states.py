@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tailor_dcp.base import open_base
 from tailor_dcp.coordination import RankInfo, gather
 from tailor_dcp.errors import TailorError
+from tailor_dcp.formats import formats
 from tailor_dcp.inspection import unit_records
 from tailor_dcp.layers import LayerMap
 from tailor_dcp.location import METADATA
@@ -29,6 +32,8 @@ OPTIMIZERS: Mapping[str, tuple[str, ...]] = {
 }
 """What an optimizer keeps for each parameter, of its shape; all but ``sgd`` also count steps where torch's do."""
 
+_COUNTED = re.compile("layer|expert|block|depth|stage")
+_MOST_LAYERS = 10_000
 _COUNTS = frozenset({"adamw", "adam"})
 _MODEL, _STATE = "model.", "optim.state."
 
@@ -44,6 +49,7 @@ def state_of(
     optimizer: str = "adamw",
     dtype: torch.dtype = torch.float32,
     frozen: Iterable[str] = (),
+    allow: tuple[str, ...] = (),
 ) -> State:
     """Return the training state of a model that is not in memory.
 
@@ -53,6 +59,7 @@ def state_of(
         optimizer: one of ``OPTIMIZERS``, where the model has none.
         dtype: of the weights and of the optimizer's state in training, where the model has none.
         frozen: globs of layers and parameters that do not change and have no optimizer's state.
+        allow: classes, as ``module.Class``, that may be unpickled.
 
     Raises:
         NoModelError: there is no model, or none that can be understood.
@@ -67,10 +74,10 @@ def state_of(
             return _resting(state, globs)
         weights = {key: shape.size for key, shape in state.shapes.items() if shape.size is not None}
         ties: Ties = state.ties
-    elif path.name == "config.json" or not _is_checkpoint(path):
+    elif path.name == "config.json" or not _is_checkpoint(path, allow):
         weights, ties = _of_config(path)
     else:
-        catalog = open_source(os.fspath(model), as_catalog=True).catalog
+        catalog = open_source(os.fspath(model), allow, as_catalog=True).catalog
         assert catalog is not None
         weights = {_MODEL + fqn: tensor.size for fqn, tensor in catalog.weights.items()}
         ties = tuple((_MODEL + leader, _MODEL + other) for other, leader in catalog.ties.items())
@@ -96,11 +103,13 @@ def _of_checkpoint(path: Path) -> State:
     return State(shapes, {unit: tuple(keys) for unit, keys in units.items()}, state.ties, state.trained)
 
 
-def _is_checkpoint(path: Path) -> bool:
+def _is_checkpoint(path: Path, allow: tuple[str, ...]) -> bool:
     try:
-        return open_source(os.fspath(path), as_catalog=True).catalog is not None
+        return open_source(os.fspath(path), allow, as_catalog=True).catalog is not None
     except TailorError:
-        return False
+        if formats().recognised(path) is not None and not (path / "config.json").is_file():
+            raise
+        return False  # a configuration without its weights
 
 
 def _of_config(path: Path) -> tuple[dict[str, torch.Size], Ties]:
@@ -115,9 +124,10 @@ def _of_config(path: Path) -> tuple[dict[str, torch.Size], Ties]:
     try:
         # Nothing is fetched, and no code that comes with a configuration is run.
         config = transformers.AutoConfig.from_pretrained(file.parent, local_files_only=True, trust_remote_code=False)
+        _check_counts(config.to_dict())
         with torch.device("meta"):
             model = _class_of(config, transformers)(config)
-    except (ValueError, OSError, KeyError, AttributeError, TypeError) as error:
+    except Exception as error:  # each of some hundred classes checks, or does not check, its own settings
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise NoModelError(f"{file} describes no model that transformers can build: {first}") from error
     state = model.state_dict(keep_vars=True)
@@ -126,6 +136,15 @@ def _of_config(path: Path) -> tuple[dict[str, torch.Size], Ties]:
         same.setdefault(id(tensor), []).append(_MODEL + name)
     ties = tuple(tuple(names) for names in same.values() if len(names) > 1)
     return {_MODEL + name: tensor.shape for name, tensor in state.items()}, ties
+
+
+def _check_counts(settings: Mapping[str, Any]) -> None:
+    """Refuse what would be built for ever: each layer and each expert is an object, even without its memory."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            _check_counts(value)
+        elif isinstance(value, int) and value > _MOST_LAYERS and _COUNTED.search(name):
+            raise ValueError(f"{name} is {value}, more than {_MOST_LAYERS}")
 
 
 def _class_of(config: object, transformers: object) -> type[torch.nn.Module]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from tailor_dcp.names import close, listed
 from tailor_dcp.raw_stretch import bytes_of, is_raw
 from tailor_dcp.store_path import place
 from tailor_dcp.tensors import raw_bytes, read_file
+from tailor_dcp.unpickling import Admitted, allowed
 
 
 class NoSuchNameError(LoadError, KeyError):
@@ -32,13 +33,15 @@ class NoSuchNameError(LoadError, KeyError):
         return str(self.args[0])
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], allow: Iterable[str | type] = ()) -> Checkpoint:
     """Open a checkpoint without loading it.
 
     Nothing in it is executed, and no file outside of its run is opened.
 
     Args:
         path: the checkpoint's folder, or its URL.
+        allow: classes that entries may hold, as such or as ``"module.Class"``, beside those of torch, numpy and the
+            standard library that training states have. Whoever wrote an entry decides what such a class is made with.
 
     Returns:
         A read-only mapping from the keys of the flattened state dict to tensors and objects, each
@@ -47,8 +50,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         NoCheckpointError: the folder is not a committed checkpoint.
         UnreadableMetadataError: its ``.metadata`` is damaged or hostile.
+        NotAllowedError: there is no such class to allow.
     """
-    return Checkpoint(Contents(open_base(place(path))))
+    return Checkpoint(Contents(open_base(place(path))), allowed(allow))
 
 
 class Checkpoint(Mapping[str, Any]):
@@ -58,8 +62,9 @@ class Checkpoint(Mapping[str, Any]):
     the dtype that they are stored in; every access reads anew.
     """
 
-    def __init__(self, contents: Contents) -> None:
+    def __init__(self, contents: Contents, admitted: Sequence[Admitted] = ()) -> None:
         self._contents = contents
+        self._admitted = admitted
         self._stored = contents.base.metadata.state_dict_metadata
 
     @property
@@ -127,7 +132,7 @@ class Checkpoint(Mapping[str, Any]):
         Raises:
             NoSuchNameError: there is no such key.
             LoadError: a file that holds it is missing, too short, damaged or outside of the run, or the
-                entry is an object of a class that torch's safe loading does not admit.
+                entry is an object of a class that is not allowed.
         """
         stored = self._entry(key)
         blobs = self._contents.base.blobs[key]
@@ -208,9 +213,9 @@ class Checkpoint(Mapping[str, Any]):
         """Read one of the stretches that an entry is stored in.
 
         Raises:
-            LoadError: it cannot be read, or holds a class that safe loading does not admit.
+            LoadError: it cannot be read, or holds a class that is not allowed.
         """
-        return load_entry(self.stored(key, info), key, str(self._contents.file(info)))
+        return load_entry(self.stored(key, info), key, str(self._contents.file(info)), admitted=self._admitted)
 
     def stored(self, key: str, info: _StorageInfo) -> io.BytesIO:
         """Return one of the stretches that an entry is stored in as ``torch.save`` made it.

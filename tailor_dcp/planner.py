@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -331,7 +332,8 @@ class LayerwisePlanner(DefaultSavePlanner):
             for unit in decision.origins:
                 keys.update({key: base.metadata.state_dict_metadata[key] for key in state.units[unit]})
         metadata.state_dict_metadata = {key: keys[key] for key in state.shapes}
-        return CompositeMetadata(metadata, decision.entries, record.to_builtins())
+        check = partial(carrying.check_there, folder=None if self._unnamed else self._target.folder)
+        return CompositeMetadata(metadata, decision.entries, record.to_builtins(), check)
 
     def _withdraw(self) -> None:
         """Take back what was carried for a save that is refused."""

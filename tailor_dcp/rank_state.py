@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import pickle
 import random
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,16 +16,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from tailor_dcp import unpickling
 from tailor_dcp.errors import TailorError
-
-# Positions and generator states are often numpy's; nothing in these can run code.
-NUMPY_CLASSES = [
-    np.ndarray,
-    np.dtype,
-    np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
-    np._core.multiarray.scalar,  # type: ignore[attr-defined]
-    *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdU"},
-]
+from tailor_dcp.metadata.pickle_names import shown
 
 
 def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
@@ -63,18 +54,17 @@ def unpack(packed: bytes, name: str) -> list[Any]:
         TailorError: an unknown class is in there, or it is damaged.
     """
     try:
-        with torch.serialization.safe_globals(NUMPY_CLASSES):
-            values = torch.load(io.BytesIO(packed), weights_only=True)
+        values = unpickling.load(io.BytesIO(packed))
     except Exception as error:  # whatever damaged bytes lead torch.load to
-        unknown = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        unknown = unpickling.asked_for(error)
         if unknown is None:
             raise TailorError(
                 f"{name} of the checkpoint is damaged ({type(error).__name__} while it was read); "
                 f"load another checkpoint."
             ) from error
         raise TailorError(
-            f"{name} of the checkpoint holds a {unknown[1]}, a class that is not restored unasked; if you trust "
-            f"it, call torch.serialization.add_safe_globals([{unknown[1].rpartition('.')[2]}]) before loading."
+            f"{name} of the checkpoint holds a {shown(unknown)}, a class that is not restored unasked; if you trust "
+            f"it, call torch.serialization.add_safe_globals([{shown(unknown.rpartition('.')[2])}]) before loading."
         ) from error
     return values if isinstance(values, list) else [values]
 

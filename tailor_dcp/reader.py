@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
@@ -16,7 +18,9 @@ from torch.futures import Future
 
 from tailor_dcp.base import Base
 from tailor_dcp.contents import Contents
+from tailor_dcp.entries import load_entry
 from tailor_dcp.errors import LoadError
+from tailor_dcp.load_planner import LayerwiseLoadPlanner
 from tailor_dcp.location import METADATA, locate
 from tailor_dcp.metadata.compose import chunk_shape
 from tailor_dcp.metadata.record import record_of, save_id_of
@@ -25,6 +29,10 @@ from tailor_dcp.open_checkpoint import Checkpoint
 from tailor_dcp.open_files import close_files
 from tailor_dcp.reading import Entry, Read, Reading
 from tailor_dcp.store_path import place
+from tailor_dcp.unpickling import Admitted, allowed
+
+_UNPICKLING = (DefaultLoadPlanner.load_bytes, LayerwiseLoadPlanner.load_bytes)
+"""How planners take objects over that were stored as DCP stores them; others may keep them in any form."""
 
 
 class LayerwiseReader(StorageReader):
@@ -33,7 +41,8 @@ class LayerwiseReader(StorageReader):
     ``dcp.load(state, storage_reader=LayerwiseReader("run/step-200"))``. Only the bytes that this rank needs are read,
     and they go straight into its tensors: no blob is unpickled, and nothing is copied in between. What is stored in
     any other way than as plain contiguous tensors is read as DCP itself does. Before the first byte goes into a
-    tensor, the files, their sizes, shapes and dtypes of everything that this rank reads are checked.
+    tensor, the files, their sizes, shapes and dtypes of everything that this rank reads are checked, and that no object
+    runs code when it is unpickled: DCP's own planner would let it.
 
     Args:
         path: the checkpoint's folder, or its URL on any store of fsspec's (``s3://bucket/run/step-200``): of each
@@ -43,6 +52,8 @@ class LayerwiseReader(StorageReader):
             that fails leaves every rank's tensors as they were. Takes as much memory again.
         cast: let torch convert where the checkpoint's dtype is not the tensor's. A dtype that the save itself
             narrowed always comes back as it was in training.
+        allow: classes that objects may be of, as such or as ``"module.Class"``, beside those of torch, numpy and the
+            standard library that training states have. Allow only what you trust the checkpoint's writer with.
         threads: that read; None for as many as there are cores, four at most.
         process_group: the ranks that load, where these are not all; only ``atomic`` asks them.
     """
@@ -53,12 +64,14 @@ class LayerwiseReader(StorageReader):
         verify: bool = False,
         atomic: bool = False,
         cast: bool = False,
+        allow: Iterable[str | type] = (),
         threads: int | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self.path = place(path)
         self.verify, self.atomic, self.cast = verify, atomic, cast
+        self._admitted = allowed(allow)
         self.threads = threads or min(4, _cores())
         self.process_group = process_group
         self._metadata: Metadata | None = None
@@ -162,7 +175,9 @@ class LayerwiseReader(StorageReader):
         contents.check_files((_key(item), places[item.storage_index]) for item in plan.items)
         reads = [self._read(item, places[item.storage_index], contents, planner, cast_) for item in tensors]
         values = [item for item in plan.items if item.type == LoadItemType.BYTE_IO]
-        entries = [_entry(item, places[item.storage_index], contents) for item in values]
+        checked = type(planner).load_bytes in _UNPICKLING
+        admitted = (*self._admitted, *getattr(planner, "admitted", ())) if checked else None
+        entries = [_entry(item, places[item.storage_index], contents, admitted) for item in values]
         reading = Reading(contents, reads, entries, planner, self.threads)
         reading.locate()
         if self.verify:
@@ -226,6 +241,10 @@ def _key(item: ReadItem) -> str:
     return item.storage_index.fqn.rpartition("\0")[2]
 
 
-def _entry(item: ReadItem, info: _StorageInfo, contents: Contents) -> Entry:
-    """Read an entry that is no tensor, and leave it pickled."""
-    return Entry(item, info, Checkpoint(contents).stored(_key(item), info))
+def _entry(item: ReadItem, info: _StorageInfo, contents: Contents, admitted: Sequence[Admitted] | None) -> Entry:
+    """Read an entry that is no tensor, and leave it pickled; see before whether it can be unpickled safely."""
+    key, stored = _key(item), Checkpoint(contents).stored(_key(item), info)
+    if admitted is not None:
+        load_entry(stored, key, str(contents.file(info)), admitted=admitted)
+        stored.seek(0)
+    return Entry(item, info, stored)

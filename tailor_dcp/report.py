@@ -170,6 +170,7 @@ def report(
     drift: bool = False,
     series: str = "",
     progress: Progress | None = None,
+    allow: tuple[str, ...] = (),
 ) -> Report:
     """Look at all checkpoints of a run: what each wrote and holds, how stale it is, and what is where on disk.
 
@@ -183,6 +184,7 @@ def report(
             records, where the policy asked for any.
         series: for runs that keep several checkpoints a step, which (``optimizer_0``).
         progress: is told how many of how many checkpoints are done.
+        allow: classes, as ``module.Class``, that may be unpickled for drift.
 
     Raises:
         NoCheckpointError: the run holds no committed checkpoint.
@@ -205,7 +207,7 @@ def report(
     history = read_history(folder, series, not drift, _part(progress, 0, steps))
     if not history.held:
         raise NoCheckpointError(_nothing(folder, history))
-    moved = _compared(history.held, _part(progress, 1, steps)) if drift else None
+    moved = _compared(history.held, _part(progress, 1, steps), allow) if drift else None
     found = _assembled(str(folder), series, history, moved)
     if out is not None:
         # Who only wants the data need not load what draws.
@@ -231,12 +233,12 @@ def _nothing(folder: Path, history: History) -> str:
 # Drift from tensors ------------------------------------------------------------------------
 
 
-def _compared(held: list[Held], progress: Progress | None) -> list[dict[Unit, float]]:
+def _compared(held: list[Held], progress: Progress | None, allow: tuple[str, ...]) -> list[dict[Unit, float]]:
     """Compare the tensors of each checkpoint with those of the one before."""
     found: list[dict[Unit, float]] = []
     for done, one in enumerate(held):
         before = _before(held, done)
-        units = diff(before.folder, one.folder).units if before else ()
+        units = diff(before.folder, one.folder, allow=allow).units if before else ()
         found.append({Unit(u.layer, u.kind): u.relative for u in units if u.relative is not None and not u.carried})
         if progress:
             progress(done + 1, len(held))

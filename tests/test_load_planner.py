@@ -388,7 +388,7 @@ class Attack:
 def test_an_object_is_not_run(run: Run, tmp_path: Path) -> None:
     """The error names the entry and what it would have called."""
     path = run.save(400, extra={"bad": Attack(str(tmp_path / "attacked"))})
-    with pytest.raises(dcp.api.CheckpointException, match=r"bad in .*mkdir.*add_safe_globals"):
+    with pytest.raises(dcp.api.CheckpointException, match=r"bad in .*asks for posix\.mkdir, .*was not run"):
         dcp.load({"bad": None}, checkpoint_id=path, planner=LayerwiseLoadPlanner(path))
     assert not (tmp_path / "attacked").exists()
 

@@ -231,7 +231,7 @@ def test_an_object_is_not_run(run: Run, tmp_path: Path) -> None:
     """The entry and what it would have called are named; everything else can be read."""
     path = run.save(300, extra={"bad": Attack(str(tmp_path / "attacked"))})
     opened = open_checkpoint(path)
-    with pytest.raises(LoadError, match=r"bad .*mkdir.*add_safe_globals"):
+    with pytest.raises(LoadError, match=r"bad in .*asks for posix\.mkdir, .*was not run"):
         opened["bad"]
     assert not (tmp_path / "attacked").exists()
     assert torch.equal(opened[f"model.{HEAD}.w"], run.load(300)[f"model.{HEAD}.w"])

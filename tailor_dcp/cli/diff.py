@@ -21,6 +21,7 @@ def diff(
     a: Annotated[str, typer.Argument(help="The earlier checkpoint, or RUN@STEP.")],
     b: Annotated[str, typer.Argument(help="The later checkpoint, or RUN@STEP.")],
     plot: Annotated[Path | None, typer.Option(help="Also draw it: a .png, .svg or .pdf file.")] = None,
+    allow: Annotated[list[str] | None, typer.Option(help="A class, as module.Class, that may be unpickled.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Show per layer and kind: relative change, cosine, share of elements changed.
@@ -28,7 +29,7 @@ def diff(
     Formats may differ: a DCP checkpoint against a Hugging Face or a ZeRO one. What both have from one save is not read.
     """
     with progress_bar("comparing", of_bytes=False) as progress:
-        found = diff_checkpoints(a, b, progress)
+        found = diff_checkpoints(a, b, progress, tuple(allow or ()))
     if plot:
         # Drawing needs a package that comparing does not.
         from tailor_dcp.diff_plot import draw  # noqa: PLC0415

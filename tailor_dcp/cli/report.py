@@ -23,6 +23,9 @@ def report(
     ] = None,
     drift: Annotated[bool, typer.Option("--drift", help="Compare tensors to tell how far layers moved; slow.")] = False,
     series: Annotated[str, typer.Option(help="Where a step has several checkpoints, which: optimizer_0.")] = "",
+    allow: Annotated[
+        list[str] | None, typer.Option(help="A class, as module.Class, that may be unpickled for --drift.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON; a page only with --out.")] = False,
 ) -> None:
     """Draw where each layer's values come from, what each save wrote, and what is where on disk.
@@ -31,7 +34,7 @@ def report(
     """
     target = out or (None if as_json else _DEFAULT)
     with progress_bar("looking at checkpoints", of_bytes=False) as progress:
-        found = report_run(run, target, drift=drift, series=series, progress=progress)
+        found = report_run(run, target, drift=drift, series=series, progress=progress, allow=tuple(allow or ()))
     if as_json:
         print_json(found.to_dict())
     else:

@@ -41,6 +41,7 @@ def simulate(
     gpus: Annotated[int, typer.Option(help="Accelerators of the job.")] = 1,
     gpu_hour: Annotated[float, typer.Option(help="Price of one of them for an hour.")] = 0.0,
     gb_month: Annotated[float, typer.Option(help="Price of a gigabyte stored for a month.")] = 0.0,
+    allow: Annotated[list[str] | None, typer.Option(help="A class, as module.Class, that may be unpickled.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Show what a policy would write, keep and cost beside full saves.
@@ -52,7 +53,7 @@ def simulate(
             raise SimulationError(f"--{name} {value:g} makes no sense; give a number above 0.")
     if dtype not in _DTYPES:
         raise SimulationError(f"--dtype {dtype} is unknown; use {', '.join(_DTYPES)}.")
-    state = state_of(model, optimizer, _DTYPES[dtype], frozen or ())
+    state = state_of(model, optimizer, _DTYPES[dtype], frozen or (), tuple(allow or ()))
 
     def run(of: str) -> Simulation:
         return simulate_run(state, of, every, steps, ranks=ranks, full_every=full_every, keep_last=keep_last)

@@ -20,6 +20,7 @@ from tailor_dcp.open_checkpoint import Checkpoint
 from tailor_dcp.recipes.errors import RecipeError
 from tailor_dcp.runs import latest
 from tailor_dcp.store_path import place
+from tailor_dcp.unpickling import allowed
 
 _AT = re.compile(r"(?P<run>.+)@(?P<step>\d+|latest)")
 
@@ -103,7 +104,7 @@ def open_source(name: str, allow: tuple[str, ...] = (), as_catalog: bool = False
 
     Args:
         name: as the recipe writes it.
-        allow: classes, as ``module.Class``, that may be unpickled from other formats.
+        allow: classes, as ``module.Class``, that may be unpickled.
         as_catalog: open DCP checkpoints like the others, as readable tensors.
 
     Raises:
@@ -118,9 +119,8 @@ def open_source(name: str, allow: tuple[str, ...] = (), as_catalog: bool = False
         missing = unstored(contents.base.metadata)
         if missing:
             raise RecipeError(f"{name} does not tell where {missing[0]} is stored; use another checkpoint.")
-        return Source(
-            name, path, index_of_contents(name, contents, Checkpoint(contents).__getitem__), contents=contents
-        )
+        checkpoint = Checkpoint(contents, allowed(allow))
+        return Source(name, path, index_of_contents(name, contents, checkpoint.__getitem__), contents=contents)
     if is_url(path) and as_catalog:
         raise RecipeError(f"{name} is on an object store, where layers can only be picked; copy it here to convert it.")
     if is_url(path) or formats().recognised(path) is None:
@@ -140,7 +140,7 @@ class Opener:
     """Opens sources, each once.
 
     Args:
-        allow: classes, as ``module.Class``, that may be unpickled from other formats than DCP.
+        allow: classes, as ``module.Class``, that may be unpickled.
         as_catalogs: open DCP checkpoints like the others, as readable tensors.
     """
 

@@ -86,7 +86,7 @@ def _plain(value: Any) -> Any:
 def _read(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"{path} cannot be read as JSON ({error}); copy it anew.") from error
     if not isinstance(value, dict):
         raise RecipeError(f"{path} is no table of names and values; copy it anew.")

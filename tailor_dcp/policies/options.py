@@ -85,6 +85,10 @@ def checked(policy: type[Policy], option: str, value: object, *, strict: bool) -
         raise PolicyError(
             f"The option {option}={shown(value)} of the policy {policy.name!r} is not allowed: {must}."
         ) from None
+    except UnicodeEncodeError:  # pydantic, of what a command line had that was no text
+        raise PolicyError(
+            f"The option {option}={shown(value)} of the policy {policy.name!r} is not allowed: it is no text."
+        ) from None
 
 
 def check_options(policy: Policy) -> None:

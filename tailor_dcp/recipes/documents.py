@@ -90,7 +90,7 @@ def parse(text: str, name: str) -> Document:
         raise RecipeError(f"{name}{line}: this is no YAML ({error.problem or error.context}).") from error
     except RecipeError:
         raise
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+    except Exception as error:  # a tag that does not fit its value, as !!bool x, leads PyYAML to almost anything
         why = f"{error} ".splitlines()[0].strip()
         raise RecipeError(f"{name} is no YAML that can be read: {why}.") from error
     return Document(name, data, text, lines.found)

@@ -24,15 +24,16 @@ _TEMPLATE_PART = "{"
 
 def _model(value: Any) -> Any:
     """Return the path of a model that is written as mergekit's own data has it."""
-    for key in ("model", "path"):
-        if isinstance(value, Mapping) and key in value and set(value) <= {key, "lora", "revision"}:
-            value = value[key]
+    for key, others in (("model", {"lora"}), ("path", {"revision"})):
+        if not isinstance(value, Mapping) or key not in value or not set(value) <= {key, *others}:
+            break
+        value = value[key]
     return value
 
 
 def _dtype(value: Any) -> Any:
     name = value.removeprefix("torch.") if isinstance(value, str) else value
-    if name is not None and name not in _DTYPES:
+    if name is not None and (not isinstance(name, str) or name not in _DTYPES):
         raise ValueError(f"{value!r} is not among {listed(list(_DTYPES))}")
     return name
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ _LONGEST_HEADER = 100_000_000
 _ALIGNMENT = 8
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _METADATA = "__metadata__"
+_HALF_A_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
+"""A surrogate, which JSON writes in pairs; the safetensors library takes no other."""
 _SHARDED = "DCP_SHARDING_INFO"
 
 # In the order in which the library sorts tensors within a file, the last first, so that all are aligned.
@@ -116,6 +119,8 @@ def _header(path: Path, size: int) -> tuple[dict[str, Any], int]:
     text = _bytes(path, _LENGTH, length)
     try:
         header = json.loads(text.decode(), object_pairs_hook=_without_repeats, parse_constant=_no_number)
+        if _HALF_A_CHARACTER.search(text):
+            json.dumps(header, ensure_ascii=False).encode()  # halves that belong together are one character by now
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"its header cannot be read: {str(error).splitlines()[0]}") from error
     if not text.startswith(b"{") or not isinstance(header, dict):

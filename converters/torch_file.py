@@ -18,7 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from tailor_dcp import unpickling
-from tailor_dcp.errors import ConversionError, DamagedSourceError
+from tailor_dcp.errors import ConversionError, DamagedSourceError, TailorError
 from tailor_dcp.tensors import Given, Piece, Readable, Stored
 from tailor_dcp.unpickling import tensors_of
 
@@ -70,9 +70,11 @@ class TorchFile:
             self._records = _records(path)
             try:
                 self._base = self._find_base()
+            except TailorError:
+                raise
             except RecursionError as error:
                 raise self._damaged("it is nested without end") from error
-            except (RuntimeError, pickle.UnpicklingError) as error:  # tensors of kinds that only exist with values
+            except Exception as error:  # whatever torch.load says that has to read it once more
                 raise self._damaged(_first_line(error)) from error
 
     def _load(self) -> Any:

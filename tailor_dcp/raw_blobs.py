@@ -131,6 +131,8 @@ def _storage(saved: Any, storages: list[tuple[str, int]]) -> torch.storage.Typed
     """Return a storage without memory for what a pickle says of one."""
     _, kind, key, _, count = saved
     dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+    if type(count) is not int:
+        raise TypeError("a storage is of no number of elements")
     storages.append((key, count * dtype.itemsize))
     memory = torch.UntypedStorage(count * dtype.itemsize, device="meta")  # type: ignore[no-untyped-call]
     return torch.storage.TypedStorage(wrap_storage=memory, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]

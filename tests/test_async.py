@@ -21,9 +21,9 @@ from tests.test_laws import Saved, check
 @pytest.mark.parametrize(
     ("staging", "executor"),
     [
-        pytest.param("plain", "thread", marks=pytest.mark.long),  # the other three go through all of its parts
+        pytest.param("plain", "thread", marks=pytest.mark.long),  # the staged two go through all of its parts
         ("staged", "thread"),
-        ("plain", "process"),
+        pytest.param("plain", "process", marks=pytest.mark.long),
         ("staged", "process"),
     ],
 )

@@ -148,7 +148,7 @@ class _Reader:
             for number, item in enumerate(self._list((key,), top[key])):
                 place: Place = (key, number)
                 entry = self._mapping(place, item, ("name", "model"), ("name", "model"))
-                if not isinstance(entry["name"], str):
+                if not isinstance(entry["name"], str) or not entry["name"]:
                     raise self._error((*place, "name"), f"{entry['name']!r} is no name of a weight")
                 yield Weight(place, entry["name"], self._path((*place, "model"), entry["model"]))
 

@@ -91,7 +91,7 @@ def test_a_file_that_runs_code(tmp_path: Path, old: bool) -> None:
     torch.save(
         {**state, "evil": Evil(tmp_path / "ran")}, source / "pytorch_model.bin", _use_new_zipfile_serialization=not old
     )
-    with pytest.raises(ConversionError, match=r"pytorch_model\.bin holds an object of \w+\.system"):
+    with pytest.raises(ConversionError, match=r"pytorch_model\.bin asks for \w+\.system"):
         convert(source, tmp_path / "out", "hf", "hf")
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "out").exists()

@@ -101,7 +101,7 @@ def test_aligned_parameters_and_gradients_dealt_round(stage: int, tmp_path: Path
     check_same(_less(found, "counters"), _less(trained, "counters"))
 
 
-@pytest.mark.parametrize("stage", [3, 2, 1])
+@pytest.mark.parametrize("stage", [3, *(pytest.param(stage, marks=pytest.mark.long) for stage in (2, 1))])
 def test_weights_only(stage: int, tmp_path: Path) -> None:
     """The optimizer starts at zero, which is said; an engine trains on from there."""
     setup = Setup(stage, 2, family="llama")

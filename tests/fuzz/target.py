@@ -29,6 +29,7 @@ class Target:
         mutate: changes an input as its format has it; None where flipping bytes is enough.
         words: what inputs of this kind are made of.
         longest: bytes of an input.
+        seconds: processor time that an input may take.
     """
 
     parse: Callable[[bytes], object]
@@ -36,6 +37,7 @@ class Target:
     mutate: Callable[[bytes, Random], bytes] | None = None
     words: tuple[bytes, ...] = field(default=(), repr=False)
     longest: int = 4096
+    seconds: float = SECONDS
 
 
 class FindingError(Exception):
@@ -72,7 +74,7 @@ def judge(target: Target, data: bytes) -> str:
     except BaseException as error:
         raise FindingError(_key(error), "".join(traceback.format_exception(error, limit=-12))) from error
     seconds, grown = time.process_time() - start, _peak() - peak
-    if seconds > SECONDS:
+    if seconds > target.seconds:
         raise FindingError("slow", f"took {seconds:.1f} s of processor time")
     if grown > MEMORY:
         raise FindingError("memory", f"took {grown >> 20} MiB")

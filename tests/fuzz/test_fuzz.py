@@ -25,7 +25,7 @@ from tests.fuzz.runner import REGRESSIONS, kept
 from tests.fuzz.target import FindingError, Target, judge, target_named
 
 _REPLAYED = 150  # of a corpus; `make fuzz` begins with all of it
-_RUNS = 500
+_RUNS = 250
 _FIND_SPEC = importlib.util.find_spec
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint
 
 from tailor_dcp import plugins
@@ -18,10 +19,18 @@ def _offered(group: str, name: str | None = None) -> list[EntryPoint]:
     return [entry for entry in _INSTALLED if name is None or entry.name == name]
 
 
-# What is installed stays the same; to look for it takes a thousand times as long as to parse a policy.
-plugins.entry_points = _offered  # type: ignore[assignment]
+@contextmanager
+def _what_is_installed() -> Iterator[None]:
+    """Let what is installed stay the same: to look for it takes a thousand times as long as to parse a policy."""
+    before = plugins.entry_points
+    plugins.entry_points = _offered  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        plugins.entry_points = before
 
 
+@_what_is_installed()
 def parse(data: bytes) -> None:
     """Parse it, write it, parse that."""
     text = data.decode("utf-8", "surrogateescape")

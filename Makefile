@@ -11,7 +11,7 @@ export DS_BUILD_OPS ?= 0
 # What it compiles when it is first used: one place for each environment, or two checkouts would take turns.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: demo test test-long test-zero-grid fuzz lint format bench bench-quick quality quality-long browser clean
+.PHONY: demo test test-long test-zero-grid fuzz attacks crash flips soak lint format bench bench-quick quality quality-long browser clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/train_fsdp.py
@@ -29,6 +29,19 @@ test-zero-grid: $(VENV)/.test
 # Coverage-guided fuzzing of every parser, some minutes of it; docs/fuzzing.md has the long form.
 fuzz: $(VENV)/.test
 	$(BIN)/python -m tests.fuzz
+
+# The long forms of what `make test` does in small: every attack, kills at every call, flipped bits, a run of 2,000 saves.
+attacks: $(VENV)/.test
+	$(BIN)/python -W ignore -m tests.attacks --json benchmarks/results/attacks.json
+
+crash: $(VENV)/.test
+	$(BIN)/python -m tests.crash --minutes 18 --json benchmarks/results/crash.json
+
+flips: $(VENV)/.test
+	$(BIN)/python -m tests.flips --flips 12000
+
+soak: $(VENV)/.test
+	$(BIN)/python -m benchmarks.soak --saves 2000 --json benchmarks/results/soak.json
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

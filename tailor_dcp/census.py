@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tailor_dcp.carry import CARRIED
 from tailor_dcp.errors import NoCheckpointError, TailorError
-from tailor_dcp.location import METADATA, locate
+from tailor_dcp.location import DEEPEST_SERIES, METADATA, is_within, locate
 from tailor_dcp.metadata.record import CarryMode, Record, record_of
 from tailor_dcp.metadata.safe_pickle import read
 
@@ -168,6 +168,17 @@ def census(run: Path) -> list[Entry]:
     return [_entry(folder, run) for folder in folders]
 
 
+def outside(run: Path) -> list[Checkpoint]:
+    """Return the checkpoints that symbolic links of a run lead to, out of it: they may refer to what is in it.
+
+    Raises:
+        TailorError: a ``.metadata`` in one cannot be read, so it may need anything.
+    """
+    links = [path for path in sorted(run.iterdir()) if path.is_symlink() and not is_within(path, run)]
+    patterns = ["*/" * depth + METADATA for depth in range(DEEPEST_SERIES + 1)]
+    return list(_committed(path for link in links for pattern in patterns for path in link.glob(pattern)))
+
+
 def aliases(run: Path) -> dict[str, list[str]]:
     """Return the symbolic links of a run, such as ``best``, by the real path of what they lead to."""
     found: dict[str, list[str]] = {}
@@ -195,20 +206,23 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
 
 
 def _unless_gone(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
+    # A shared file system's cache can say so of what is there.
+    if not isinstance(error, FileNotFoundError) or os.path.lexists(error.filename):
         raise error
 
 
 def _entry(folder: Path, run: Path) -> Entry:
-    place = locate(folder)
-    step = place.step if place.run == Path(os.path.abspath(run)) else None  # noqa: PTH100 - as locate does
     found = list(walk(folder))
     files = [path for _, paths in found for path in paths]
     doomed = folder.name.startswith(DOOMED)  # it is no checkpoint any more, whatever is left in it
+    checkpoints = () if doomed else tuple(_committed(path for path in files if path.name == METADATA))
+    root = Path(os.path.abspath(run))  # noqa: PTH100 - as locate does
+    # A job's number looks like a step's, yet the folder holds the job's run: it must not go as if it were one step.
+    own = all(locate(place).run == root for place in (folder, *(checkpoint.folder for checkpoint in checkpoints)))
     return Entry(
         folder=folder,
-        step=step,
-        checkpoints=() if doomed else tuple(_committed(path for path in files if path.name == METADATA)),
+        step=locate(folder).step if own else None,
+        checkpoints=checkpoints,
         stripped=() if doomed else tuple(_stripped(path for path in files if path.name == STRIPPED)),
         files=tuple(files),
         folders=tuple(here for here, _ in found),

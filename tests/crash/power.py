@@ -302,6 +302,10 @@ class Left:
                 here.write_bytes(held.data)
                 if held.time is not None:
                     os.utime(here, ns=(held.time, held.time))
+        # A folder is as old as what was put into it, not as this copy: prune tells by that whether a save has begun.
+        times = [one.lstat().st_mtime_ns for one in path.iterdir()]
+        if times:
+            os.utime(path, ns=(max(times), max(times)))
 
     def _entries(self, folder: _Folder) -> list[tuple[str, _Node]]:
         found = self._folders.get(folder, folder.first)

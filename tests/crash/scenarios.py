@@ -284,7 +284,8 @@ def _rivals() -> Iterator[Scenario]:
                 stock=writer == "stock",
             )
     five = steps(10, 20, 30, 40, 50, writer="layerwise")
-    both = _in_turn(_save(50, 60, writer="layerwise"), _tailor("prune", "{}/run", "--keep-last", "1"))
+    # Two are kept, as once the save is committed the one before it may go.
+    both = _in_turn(_save(50, 60, writer="layerwise"), _tailor("prune", "{}/run", "--keep-last", "2"))
     saves = {"run/step-60": Save((10, 20, 30, 40, 50), (60,))}
     yield Scenario("save and prune", five, both, "run/step-60", ("run/step-50",), saves=saves, ranks=2, rivals=True)
     prepare = steps(10, 20, policy="full", writer="layerwise")

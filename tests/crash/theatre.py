@@ -246,11 +246,14 @@ def _remove(path: Path) -> None:
 
 
 def tree_of(folder: Path, root: Path | None = None) -> Tree:
-    """Return the bytes of all files below a folder, by path; what names the root in them is made alike."""
+    """Return the bytes of all files below a folder, by path; what names the root, or one beside it, is made alike."""
     paths: Iterable[Path] = (folder, *folder.rglob("*")) if folder.exists() else ()
     names = {path.relative_to(folder).as_posix(): path for path in paths if path.is_file()}
     held = {name: path.read_bytes() for name, path in names.items()}
-    return held if root is None else {name: data.replace(str(root).encode(), b"{}") for name, data in held.items()}
+    if root is None:
+        return held
+    places = re.compile(re.escape(str(root.parent).encode()) + rb"/[^/\n]+")  # a lost disk is looked at elsewhere
+    return {name: places.sub(b"{}", data) for name, data in held.items()}
 
 
 def _names(root: Path) -> tuple[str, ...]:

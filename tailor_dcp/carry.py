@@ -15,7 +15,7 @@ from typing import NamedTuple
 from torch.distributed.checkpoint.metadata import Metadata
 
 from tailor_dcp.errors import TailorError
-from tailor_dcp.location import Location, is_within, real
+from tailor_dcp.location import METADATA, Location, is_within, real
 from tailor_dcp.metadata.record import CarryMode
 from tailor_dcp.ranges import copy_range
 from tailor_dcp.stores import copy_object, is_remote, same_store, sizes
@@ -106,14 +106,15 @@ def prune_empty(carried: Path) -> None:
 
 
 class RemovedMeanwhileError(TailorError):
-    """What a save has written is gone before it was committed."""
+    """What a save has written, or carries, is gone before it was committed."""
 
 
 def check_there(metadata: Metadata, folder: Path | None) -> None:
-    """Check, right before the commit, that the files in a folder are there which its checkpoint will name.
+    """Check, right before the commit, that the files are there which a checkpoint will name.
 
     A save into a folder removes what earlier ones have left there, and cannot tell a save that is under way from one
-    that was killed.
+    that was killed. It does so once it is committed: where nothing is, only what is carried is looked for. What other
+    ranks have written may lie on disks of their own, and is theirs to find.
 
     Args:
         metadata: the checkpoint's.
@@ -125,14 +126,18 @@ def check_there(metadata: Metadata, folder: Path | None) -> None:
     """
     if folder is None or is_remote(folder) or not folder.exists():
         return
-    names = {info.relative_path for info in metadata.storage_data.values()}
-    inside = sorted(name for name in names if not name.startswith(("/", "..")))
-    listed = {parent: _listed(parent) for parent in {(folder / name).parent for name in inside}}
-    for name in inside:
-        if Path(name).name not in listed[(folder / name).parent]:
+    names = {info.relative_path for info in metadata.storage_data.values() if not info.relative_path.startswith("/")}
+    if not (folder / METADATA).exists():
+        names = {name for name in names if name.startswith(("../", f"{CARRIED}/"))}
+    listed = {parent: _listed(parent) for parent in {(folder / name).parent for name in names}}
+    for name in sorted(names):
+        path = folder / name
+        # A shared file system may show an old listing for a minute; asked for one name it asks its server.
+        if path.name not in listed[path.parent] and not os.path.lexists(path):
+            who = "something, such as a prune," if name.startswith("../") else f"another save into {folder}"
             raise RemovedMeanwhileError(
-                f"{folder / name} is gone: another save into {folder} has ended meanwhile and removed it. This one "
-                f"was not committed; save again, into a folder that nothing else saves into."
+                f"{path} is gone: {who} has removed it meanwhile. This save was not committed; save again, into a "
+                f"folder that nothing else saves into."
             )
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tailor_dcp.census import Checkpoint, Entry, needed
-from tailor_dcp.location import METADATA
+from tailor_dcp.leftovers import QUIET
+from tailor_dcp.location import METADATA, locate
 from tailor_dcp.retention import Candidate, Rule, kept_by
 
 Why = dict[Path, list[str]]
@@ -61,7 +63,8 @@ def choose(
         for name in links.get(os.path.realpath(entry.folder), ()):
             kept[entry.folder].append(f"{name} leads to it")
         if entry.step is None and entry.checkpoints:
-            kept[entry.folder].append("no step in its name")
+            is_run = locate(entry.folder).step is not None
+            kept[entry.folder].append("a run of its own" if is_run else "no step in its name")
     gone = _gone(kept, run, incomplete)
     gone = {folder: why for folder, why in gone.items() if folder not in kept}
     busy = frozenset(entry.folder for entry in run.busy)
@@ -78,7 +81,7 @@ class _Run:
         self._save_ids = frozenset().union(*(c.save_ids for c in checkpoints))
         self.loose = {entry.folder: self._unexplained(entry) for entry in entries}
         self.committed = [e for e in entries if e.checkpoints and e.step is not None]
-        self.newest = max(c.changed for e in self.committed for c in e.checkpoints)
+        self.newest = _past(max(c.changed for e in self.committed for c in e.checkpoints))
         steps = [e for e in entries if e.step is not None]
         self.broken = [e for e in steps if _unfinished(e, self.loose[e.folder])]
         unsettled = [e for e in steps if e in self.broken or self.loose[e.folder] or e.relinked]
@@ -105,6 +108,15 @@ class _Run:
                 if left:
                     found[entry.folder] = left
         return found
+
+
+def _past(newest: float) -> float:
+    """Return the time since when what is written may be a save's that is under way.
+
+    Where clocks were put back that is not since the newest commit, which then lies in the future.
+    """
+    now = time.time()
+    return newest if newest <= now else now - QUIET
 
 
 def _unfinished(entry: Entry, loose: list[Path]) -> bool:

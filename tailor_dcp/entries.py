@@ -33,7 +33,7 @@ def load_entry(
         name = unpickling.asked_for(error)
         if name is not None:
             raise LoadError(f"{shown(key)} in {source} {unpickling.refusal(name)}.") from error
-        first = shown((str(error) or type(error).__name__).splitlines()[0].rstrip("."))
+        why = shown(unpickling.reason(error))
         raise LoadError(
-            f"{shown(key)} in {source} is damaged and cannot be read ({first}); use another checkpoint."
+            f"{shown(key)} in {source} is damaged and cannot be read ({why}); use another checkpoint."
         ) from error

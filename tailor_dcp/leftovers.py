@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tailor_dcp.census import walk
+from tailor_dcp.errors import TailorError
+from tailor_dcp.locks import Lock
 
 COMPACTION = ".compact"
 """The folder in a run that a compaction works in."""
@@ -21,7 +23,7 @@ COMPACTION = ".compact"
 _STAGING = re.compile(r"\.(?P<result>.+)\.(?P<verb>materialize|merge|convert)")
 _REPORT = re.compile(r"\.[0-9a-f]{16}\.tmp")
 _WORDS = {"materialize": "`tailor materialize`", "merge": "`tailor merge`", "convert": "`tailor-convert`"}
-_QUIET = 3600.0
+QUIET = 3600.0
 """Seconds in which whatever has no lock is still being written."""
 
 
@@ -43,14 +45,25 @@ class Leftover:
     written: float
     busy: bool
 
+    def files(self) -> list[Path]:
+        """Return its files, or itself."""
+        return [path for path in _all(self.path) if path.is_symlink() or not path.is_dir()]
+
     def remove(self) -> None:
-        """Remove it, and then what locks it."""
-        if self.path.is_dir() and not self.path.is_symlink():
-            shutil.rmtree(self.path)
-        else:
-            self.path.unlink(missing_ok=True)
-        with suppress(OSError):
-            _lock_of(self.path).unlink(missing_ok=True)
+        """Remove it, and then what locks it.
+
+        Raises:
+            TailorError: a call has begun anew meanwhile and works on it.
+        """
+        lock = Lock(_lock_of(self.path), TailorError(f"{self.path} is being worked on again; prune once more."))
+        lock.take()
+        try:
+            if self.path.is_dir() and not self.path.is_symlink():
+                shutil.rmtree(self.path)
+            else:
+                self.path.unlink(missing_ok=True)
+        finally:
+            lock.release()
 
 
 def find(run: Path) -> list[Leftover]:
@@ -60,7 +73,7 @@ def find(run: Path) -> list[Leftover]:
         what = _named(path.name)
         if what is not None:
             size, written = taken(path)
-            busy = _is_held(_lock_of(path)) if _lock_of(path).exists() else time.time() - written < _QUIET
+            busy = _is_held(_lock_of(path)) if _lock_of(path).exists() else time.time() - written < QUIET
             found.append(Leftover(path, what, size, written, busy))
     return found
 

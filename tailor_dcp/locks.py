@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -24,7 +25,18 @@ def alone_in(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(descriptor)
+        _let_go(descriptor)
+
+
+def _let_go(descriptor: int) -> None:
+    """End a lock. A process that was forked meanwhile has the descriptor as well, and closing ours would not do."""
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
+
+
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL})
+"""What file systems without locks say, where work must go on all the same."""
 
 
 class Lock:
@@ -57,6 +69,10 @@ class Lock:
             except BlockingIOError:
                 os.close(descriptor)
                 raise self._busy from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    os.close(descriptor)
+                    raise
             if self._is_there(descriptor):
                 self._descriptor = descriptor
             else:  # whoever had it removed the file just now: it keeps nobody out any more
@@ -66,7 +82,7 @@ class Lock:
         """Give it back."""
         if self._descriptor is not None:
             self._path.unlink(missing_ok=True)
-            os.close(self._descriptor)
+            _let_go(self._descriptor)
             self._descriptor = None
 
     def _is_there(self, descriptor: int) -> bool:

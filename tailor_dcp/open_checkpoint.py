@@ -183,6 +183,11 @@ class Checkpoint(Mapping[str, Any]):
             part = self._raw(key, info, chunk.sizes, whole.dtype) if is_raw(info) else self.blob(key, info)
             if not isinstance(part, torch.Tensor) or part.shape != chunk.sizes or part.dtype != whole.dtype:
                 raise self._damaged(key, f"the part at {tuple(chunk.offsets)} is not the tensor that it should be")
+            if part.is_quantized:  # an empty tensor of its dtype has no scales, so torch can put nothing into it
+                raise LoadError(
+                    f"{self._contents.described(key)} in {self.path} is quantized, which is not read here; load it "
+                    f"into a quantized tensor with dcp.load."
+                )
             here = tuple(slice(o, o + size) for o, size in zip(chunk.offsets, chunk.sizes, strict=True))
             whole[here].copy_(part)
         return whole

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from tailor_dcp import compact as compacting
 from tailor_dcp.amounts import counted
-from tailor_dcp.census import Checkpoint, Entry, aliases, census, needed
+from tailor_dcp.census import Checkpoint, Entry, aliases, census, needed, outside
 from tailor_dcp.choosing import Choice, choose
 from tailor_dcp.dead_bytes import DataFile, Inode, Rewrite, rewrites, survey
 from tailor_dcp.errors import NoCheckpointError, TailorError
@@ -245,6 +245,7 @@ def _plan(run: Path, rules: Sequence[Rule], incomplete: bool, compact: bool, idl
     plan.leftovers = [one for one in left.values() if incomplete and not one.busy and one.path.name != COMPACTION]
     going = {leftover.path for leftover in plan.leftovers}
     plan.users = [c for entry in found if entry.folder in left and entry.folder not in going for c in entry.checkpoints]
+    plan.users += outside(run)
     entries = [entry for entry in found if entry.folder not in left]
     if not any(entry.checkpoints and entry.step is not None for entry in entries):
         raise NoCheckpointError(
@@ -254,7 +255,7 @@ def _plan(run: Path, rules: Sequence[Rule], incomplete: bool, compact: bool, idl
     choice = choose(entries, rules, incomplete, aliases(run), plan.users)
     plan.users += [c for entry in entries if entry.folder not in choice.gone for c in entry.checkpoints]
     _judge(entries, choice, plan)
-    plan.verdicts += [_of_leftover(leftover, incomplete, compact) for leftover in left.values()]
+    plan.verdicts += [_of_leftover(leftover, incomplete, compact, plan.links) for leftover in left.values()]
     plan.verdicts.sort(key=lambda verdict: (verdict.step is None, verdict.step or 0, verdict.name))
     is_busy = bool(choice.busy) or any(one.busy and one.path.name != COMPACTION for one in left.values())
     plan.held = set() if idle else {user.folder for user in plan.users if is_busy or _refers(user, choice)}
@@ -289,7 +290,7 @@ def _judge(entries: list[Entry], choice: Choice, plan: _Plan) -> None:
             plan.verdicts.append(Verdict(entry.name, entry.step, "keep", tuple(why), freed, size, open_since))
 
 
-def _of_leftover(leftover: Leftover, incomplete: bool, compact: bool) -> Verdict:
+def _of_leftover(leftover: Leftover, incomplete: bool, compact: bool, links: Counter[Inode]) -> Verdict:
     name, action, freed = leftover.path.name, "keep", 0
     if name == COMPACTION:
         why = "a compaction was cut off: --compact finishes it"
@@ -298,7 +299,8 @@ def _of_leftover(leftover: Leftover, incomplete: bool, compact: bool) -> Verdict
         why = f"{leftover.what} is at work on it"
     else:
         why = f"left by {leftover.what}, which was cut off" + ("" if incomplete else ": --incomplete removes it")
-        action, freed = ("remove", leftover.bytes) if incomplete else ("keep", 0)
+        if incomplete:
+            action, freed = "remove", sum(_freed(path, links) for path in leftover.files())
     return Verdict(name, None, action, (why,), freed, leftover.bytes, leftover.written)  # type: ignore[arg-type]
 
 

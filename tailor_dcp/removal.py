@@ -7,7 +7,9 @@ from pathlib import Path
 
 from tailor_dcp.carry import CARRIED, prune_empty, sync_folder
 from tailor_dcp.census import DOOMED, STRIPPED, Entry, walk
+from tailor_dcp.errors import TailorError
 from tailor_dcp.location import METADATA
+from tailor_dcp.locks import alone_in
 from tailor_dcp.repointing import unchanged
 
 
@@ -20,10 +22,17 @@ def withdraw(entry: Entry) -> None:
     """Make a folder no checkpoint any more and touch nothing else.
 
     It is done to all that go before the first byte does: of two that go, one may refer to the other.
+
+    Raises:
+        TailorError: a save into it has been committed since it was looked at.
     """
     for checkpoint in entry.checkpoints:
-        (checkpoint.folder / METADATA).replace(checkpoint.folder / STRIPPED)
-        sync_folder(checkpoint.folder)
+        folder = checkpoint.folder
+        with alone_in(folder):
+            if (folder / METADATA).lstat().st_mtime != checkpoint.changed:
+                raise TailorError(f"{folder} was saved again meanwhile; no byte is removed, prune once more.")
+            (folder / METADATA).replace(folder / STRIPPED)
+            sync_folder(folder)
 
 
 def remove(entry: Entry) -> None:

@@ -57,6 +57,7 @@ _ADMITTED: tuple[Admitted, ...] = (
 )
 """What training states hold and what can do nothing but be a value."""
 _ASKED = re.compile(r"GLOBAL (.+?) (?:was not an allowed global|whose module)", re.DOTALL)
+_WHY = re.compile(r"WeightsUnpickler error:\s*(\S.*)")
 _RUNNING = frozenset(
     {
         "__builtin__", "_io", "_posixsubprocess", "bdb", "builtins", "code", "codeop", "commands", "ctypes",
@@ -202,6 +203,13 @@ def asked_for(error: BaseException) -> str | None:
     if found is None:
         return None
     return found[1] if "." in found[1] else f"builtins.{found[1]}"  # torch leaves these out
+
+
+def reason(error: BaseException) -> str:
+    """Return the one line of an error that says what is wrong, without torch's advice to unpickle everything."""
+    text = str(error) or type(error).__name__
+    found = _WHY.search(text)
+    return (found[1] if found else text.splitlines()[0]).rstrip(".")
 
 
 def refusal(name: str) -> str:

@@ -79,7 +79,7 @@ def _verified(
     units: Collection[Unit] | None = None,
 ) -> Verification:
     begun = time.monotonic()
-    run = RunCheck(threads or (_AT_ONCE if is_remote(root) else cores()), progress)
+    run = RunCheck(root, threads or (_AT_ONCE if is_remote(root) else cores()), progress)
     run.announce(folders if len(folders) > 1 else ())
     with collector_off():
         for folder in folders:
@@ -124,8 +124,14 @@ def _below(run: Path) -> list[Path]:
     return sorted(
         folder
         for folder in found
-        if not folder.is_symlink() and not any(name.startswith(DOOMED) for name in folder.relative_to(run).parts)
+        if not _is_linked(folder, run) and not any(name.startswith(DOOMED) for name in folder.relative_to(run).parts)
     )
+
+
+def _is_linked(folder: Path, run: Path) -> bool:
+    """Tell whether a folder is another name of one that is elsewhere, such as what ``latest`` leads to."""
+    inside = folder.relative_to(run)
+    return any((run / part).is_symlink() for part in (inside, *list(inside.parents)[:-1]))
 
 
 # Repair -----------------------------------------------------------------------------------
@@ -137,20 +143,21 @@ def _plan(verdict: Verdict, found: Verification, threads: int | None, progress: 
     siblings = [path for path in _below(here.run) if locate(path).series == here.series and path != here.folder]
     known = {one.path for one in found.checkpoints}
     if all(str(path) in known for path in siblings):
-        return plan(mine, verdict.name, verdict.time, _candidates(siblings, found))
+        return plan(mine, verdict, _candidates(siblings, found))
     if mine is not None and mine.damaged is not None:
         needed = frozenset().union(*units_to_take(mine.base, mine.damaged))
         others = _verified(here.run, siblings, threads, progress, needed)
-        made = plan(mine, verdict.name, verdict.time, _candidates(siblings, others))
+        made = plan(mine, verdict, _candidates(siblings, others))
         if not made.lost:
             return made
     others = _verified(here.run, siblings, threads, progress)
-    return plan(mine, verdict.name, verdict.time, _candidates(siblings, others))
+    return plan(mine, verdict, _candidates(siblings, others))
 
 
 def _candidates(folders: Sequence[Path], found: Verification) -> list[Candidate]:
     verdicts = {one.path: one for one in found.checkpoints}
-    all_found = [_candidate(verdicts[str(folder)], found) for folder in folders]
+    there = [verdicts[str(folder)] for folder in folders if str(folder) in verdicts]  # others were removed meanwhile
+    all_found = [_candidate(verdict, found) for verdict in there]
     return [one for one in all_found if one is not None]
 
 

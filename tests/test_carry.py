@@ -16,9 +16,23 @@ import pytest
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemWriter
 
-from tailor_dcp.carry import Source, place
+from tailor_dcp.carry import RemovedMeanwhileError, Source, check_there, place
 from tailor_dcp.location import locate
-from tests.support.runs import HEAD, L0, L1, L2, LAYERS, Run, due, files, heard_warnings, named, record, written
+from tests.support.runs import (
+    HEAD,
+    L0,
+    L1,
+    L2,
+    LAYERS,
+    Run,
+    due,
+    files,
+    heard_warnings,
+    metadata,
+    named,
+    record,
+    written,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Detected an existing checkpoint"),
@@ -257,6 +271,25 @@ def test_without_its_base_a_reference_cannot_be_loaded(run: Run) -> None:
     shutil.rmtree(run.path(100))
     with pytest.raises(dcp.api.CheckpointException):
         run.load(200)
+
+
+def test_what_is_referred_to_must_still_be_there_at_the_commit(run: Run) -> None:
+    """What other ranks have written may lie on disks of their own, out of sight, and is no reason to refuse."""
+    (old,) = own_files(run.save(100, carry="reference"))
+    folder = run.save(200, due(L1), carry="reference")
+    (new,) = own_files(folder)
+    told = metadata(folder)
+    (folder / ".metadata").rename(folder / "kept")
+    new.rename(folder / "elsewhere")
+    check_there(told, folder)
+    (folder / "kept").rename(folder / ".metadata")
+    with pytest.raises(RemovedMeanwhileError, match="another save into"):  # which is committed, and has swept
+        check_there(told, folder)
+    (folder / "elsewhere").rename(new)
+    check_there(told, folder)
+    old.unlink()
+    with pytest.raises(RemovedMeanwhileError, match="such as a prune"):
+        check_there(told, folder)
 
 
 def test_a_series_is_referred_to_over_two_levels(run: Run) -> None:

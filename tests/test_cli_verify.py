@@ -100,3 +100,8 @@ def test_wrong_usage(tmp_path: Path) -> None:
     found = CliRunner().invoke(app, ["verify", str(tmp_path / "nothing")])
     assert getattr(found.exception, "exit_code", None) == 2
     assert CliRunner().invoke(app, ["verify", str(tmp_path), "--threads", "0"]).exit_code == 2
+
+
+def test_a_plan_that_could_not_be_written_is_refused_before_anything_is_read(run: Run, tmp_path: Path) -> None:
+    code, _ = tailor(run.folder, "--repair-plan", tmp_path / "nowhere" / "plan.yaml")
+    assert code == 2

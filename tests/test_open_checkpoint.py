@@ -236,3 +236,11 @@ def test_an_object_is_not_run(run: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "attacked").exists()
     assert torch.equal(opened[f"model.{HEAD}.w"], run.load(300)[f"model.{HEAD}.w"])
     assert len(keys(MODEL)) < len(opened)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch calls its own quantization outdated
+def test_a_quantized_tensor_is_refused_with_a_sentence(tmp_path: Path) -> None:
+    tensor = torch.quantize_per_tensor(torch.randn(8, 8), 0.1, 0, torch.qint8)
+    dcp.save({"model": {"w": tensor}}, checkpoint_id=str(tmp_path / "step-1"))
+    with pytest.raises(LoadError, match="is quantized"):
+        open_checkpoint(tmp_path / "step-1")["model.w"]

@@ -22,11 +22,13 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from typer.testing import CliRunner
 
 from tailor_dcp import LayerwisePlanner
-from tailor_dcp.census import STRIPPED
+from tailor_dcp.census import STRIPPED, census
 from tailor_dcp.cli.prune import prune as prune_command
 from tailor_dcp.errors import NoCheckpointError, TailorError, UnreadableMetadataError
+from tailor_dcp.leftovers import find as find_leftovers
 from tailor_dcp.locks import Lock
 from tailor_dcp.prune import PruneRefusedError, Pruning, prune
+from tailor_dcp.removal import withdraw
 from tailor_dcp.runs import commits
 from tests.support.forks import disk_use, killed_at
 from tests.support.runs import HEAD, L0, L1, L2, LAYERS, Run, due, named
@@ -288,6 +290,43 @@ def test_what_a_symbolic_link_leads_to_is_kept(run: Run) -> None:
     assert whys(prune(run.folder, keep_last=1))["step-100"] == "best leads to it"
 
 
+def test_a_folder_elsewhere_that_a_symbolic_link_leads_to_needs_what_it_refers_to(run: Run, tmp_path: Path) -> None:
+    """Step 200 lies on another disk, and refers to step 100 in the run."""
+    run.save(100)
+    (tmp_path / "disk" / "step-200").mkdir(parents=True)
+    run.path(200).symlink_to(tmp_path / "disk" / "step-200")
+    run.save(200, due(L0), carry="reference")
+    run.save(300)
+    before = run.steps_of(200)
+    assert prune(run.folder, keep_last=1).removed == ("step-100",)
+    assert run.steps_of(200) == before
+
+
+def test_a_run_in_a_folder_of_a_number_is_no_step(run: Run, tmp_path: Path) -> None:
+    """A scheduler's job numbers look like steps: runs are not removed as if they were checkpoints."""
+    for job in (101, 102):
+        fill(Run(tmp_path / "runs" / str(job)), "link", 2)
+    with pytest.raises(NoCheckpointError, match="name the folder that holds step-100"):
+        prune(tmp_path / "runs", keep_last=1)
+    fill(Run(tmp_path / "runs"), "link", 2)
+    done = prune(tmp_path / "runs", keep_last=1, incomplete=True)
+    assert done.removed == ("step-100",)
+    assert whys(done)["101"] == "a run of its own"
+
+
+def test_a_save_is_under_way_whatever_the_clock_says(run: Run) -> None:
+    """The clock was put back after the newest commit, which lies in the future since then."""
+    fill(run, "link", 2)
+    os.utime(run.path(200) / ".metadata", (time.time() + 86400,) * 2)
+    run.path(300).mkdir()
+    (run.path(300) / "__0_deadbeef_0.distcp").write_bytes(b"half")
+    assert "step-300" in prune(run.folder, keep_last=1, incomplete=True).kept
+    long_ago = time.time() - 7200
+    for path in (run.path(300) / "__0_deadbeef_0.distcp", run.path(300)):
+        os.utime(path, (long_ago, long_ago))
+    assert "step-300" in prune(run.folder, keep_last=1, incomplete=True).removed
+
+
 def test_other_folders_are_none_of_its_business(run: Run) -> None:
     """Logs, and steps saved in other formats, stay."""
     fill(run, "link", 2)
@@ -410,6 +449,45 @@ def test_what_killed_calls_have_left(run: Run) -> None:
     assert prune(run.folder, incomplete=True).freed == 8
     assert sorted(path.name for path in run.folder.glob(".*")) == [".merged.merge", ".merged.merge.lock"]
     lock.release()
+
+
+def test_links_of_a_killed_merge_free_nothing(run: Run) -> None:
+    """Its files are those of its sources, which have them still."""
+    fill(run, "link", 2)
+    (run.folder / ".out.merge").mkdir()
+    for path in run.path(100).glob("*.distcp"):
+        (run.folder / ".out.merge" / path.name).hardlink_to(path)
+    (run.folder / ".out.merge.lock").touch()
+    used = disk_use(run.folder)
+    foretold = prune(run.folder, incomplete=True, dry_run=True)
+    done = prune(run.folder, incomplete=True)
+    assert foretold.freed == done.freed == used - disk_use(run.folder) == 0
+    assert done.removed == (".out.merge",)
+
+
+def test_what_is_begun_again_while_it_is_to_be_removed_stays(run: Run) -> None:
+    fill(run, "link", 1)
+    partial = run.folder / ".out.merge"
+    partial.mkdir()
+    (run.folder / ".out.merge.lock").touch()
+    (found,) = find_leftovers(run.folder)
+    lock = Lock(run.folder / ".out.merge.lock", TailorError("busy"))
+    lock.take()
+    with pytest.raises(TailorError, match="is being worked on again"):
+        found.remove()
+    assert partial.is_dir()
+    lock.release()
+
+
+def test_what_is_saved_again_while_it_is_to_be_removed_stays(run: Run) -> None:
+    """A run that went back has committed into the folder between the look and the removal."""
+    fill(run, "link", 3)
+    entries = census(run.folder)
+    run.save(150, due(*LAYERS), to="step-100")
+    with pytest.raises(TailorError, match="step-100 was saved again meanwhile"):
+        for entry in entries[:2]:
+            withdraw(entry)
+    assert set(run.steps_of(100).values()) == {150}
 
 
 # What is refused --------------------------------------------------------------------------

@@ -370,3 +370,12 @@ def test_threads_see_only_what_was_allowed_to_them() -> None:
         thread.join()
     assert not wrong
     assert not [one for one in torch.serialization.get_safe_globals() if "Phase" in str(one)]
+
+
+def test_why_it_is_refused_is_said_without_the_advice_to_unpickle_everything(tmp_path: Path) -> None:
+    where = tmp_path / "step-1"
+    dcp.save({"train": {"day": np.datetime64("2026-01-01")}}, checkpoint_id=str(where))
+    with pytest.raises(TailorError) as refused:
+        open_checkpoint(where)["train.day"]
+    assert "a numpy dtype is of neither numbers nor text" in str(refused.value)
+    assert "weights_only" not in str(refused.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch.serialization import set_crc32_options
 from tailor_dcp import LayerwiseWriter, copy, lineage, materialize, merge, verify
 from tailor_dcp.errors import NoCheckpointError
 from tailor_dcp.store_path import place
-from tailor_dcp.verify import Verification
+from tailor_dcp.verify import Verification, repair_plans
 from tests.flips import WRITERS, Target, composite, flipped
 from tests.support.fleet import Fleet
 from tests.support.runs import L0, L1, LAYERS, MODEL, Run, due, metadata
@@ -68,6 +69,14 @@ def rewritten(folder: Path, change: Any) -> Verification:
     change(told)
     (folder / ".metadata").write_bytes(pickle.dumps(told))
     return verify(folder)
+
+
+def has_flipped(folder: Path) -> None:
+    """Change a bit of a checkpoint's own data for good."""
+    (path, *_) = sorted(folder.glob("*.distcp"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 # What is good -----------------------------------------------------------------------------
@@ -463,3 +472,78 @@ def test_as_plain_data(run: Run) -> None:
     assert told["state"] == "damaged"
     assert {one["state"] for one in told["checkpoints"]} == {"good", "damaged"}
     assert told["findings"][0]["checkpoint"] == "step-300"
+
+
+# Several runs, and what is no checkpoint's own folder ----------------------------------------
+
+
+def test_checkpoints_of_several_runs_are_told_apart(tmp_path: Path) -> None:
+    """Both runs have a step 200, of which one is damaged."""
+    for name in ("one", "other"):
+        saved(Run(tmp_path / name), **OURS)
+    has_flipped(tmp_path / "one" / "step-200")
+    found = verify(tmp_path)
+    assert bad(found) <= {"one/step-200", "one/step-300"}
+    assert {one.name for one in found.checkpoints} == {
+        f"{r}/step-{s}" for r in ("one", "other") for s in (100, 200, 300)
+    }
+    assert found.notes == ()
+    assert {one.checkpoint for one in repair_plans(found)} == bad(found)
+    assert bad(verify(tmp_path / "one")) == {name.removeprefix("one/") for name in bad(found)}
+
+
+def test_a_link_to_a_step_is_not_a_second_checkpoint(run: Run, tmp_path: Path) -> None:
+    """Also where the step's checkpoints are a folder deeper."""
+    (run.folder / "latest").symlink_to("step-300")
+    assert len(verify(run.folder).checkpoints) == 3
+    deep = tmp_path / "accelerate"
+    shutil.copytree(run.path(100), deep / "checkpoint-100" / "optimizer_0")
+    (deep / "latest").symlink_to("checkpoint-100")
+    assert [one.name for one in verify(deep).checkpoints] == ["checkpoint-100/optimizer_0"]
+
+
+def test_a_tensor_of_a_dtype_that_no_frame_can_be_made_of(tmp_path: Path) -> None:
+    """A quantized one has torch's checksums; that it is plain nobody can say."""
+    tensor = torch.quantize_per_tensor(torch.randn(8, 8), 0.1, 0, torch.qint8)
+    dcp.save({"model": {"w": tensor}}, checkpoint_id=str(tmp_path / "run" / "step-1"))
+    found = verify(tmp_path / "run")
+    assert found.state == "unverifiable"
+    assert any("no plain tensor" in one.what for one in found.findings)
+    with flipped(tmp_path / "run" / "step-1" / "__0_0.distcp", 780, 0):  # among its 64 bytes
+        assert verify(tmp_path / "run").state == "damaged"
+
+
+def test_a_checkpoint_that_is_pruned_while_repair_is_looked_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    has_flipped(run.path(200))
+    found = verify(run.path(200))
+
+    def listed(path: Path) -> list[Path]:
+        return [path / name for name in ("step-100", "step-200", "step-300", "step-400")]  # there is no last one
+
+    monkeypatch.setattr(sys.modules["tailor_dcp.verify"], "_below", listed)  # the package has a function of this name
+    (made,) = repair_plans(found)
+    assert made.checkpoint == "step-200"
+
+
+def test_a_checkpoint_that_is_pruned_while_it_is_read_is_not_damaged(run: Run, tmp_path: Path) -> None:
+    def progress(done: int, total: int) -> None:
+        if run.path(100).exists():
+            run.path(100).rename(tmp_path / "gone")
+
+    found = verify(run.folder, threads=1, progress=progress)
+    assert ([one.name for one in found.checkpoints], found.state) == (["step-200", "step-300"], "good")
+
+
+def test_a_checkpoint_that_is_made_anew_while_it_is_read_is_not_damaged(run: Run, tmp_path: Path) -> None:
+    """As where its files get other names: the new ``.metadata`` tells of them."""
+    run.save(100, due(*LAYERS), base=None, **OURS)
+    shutil.copytree(run.path(100), tmp_path / "new" / "step-100")
+    run.save(100, due(*LAYERS), base=None, **OURS)
+
+    def progress(done: int, total: int) -> None:
+        if (tmp_path / "new" / "step-100").exists():
+            shutil.rmtree(run.path(100))
+            (tmp_path / "new" / "step-100").rename(run.path(100))
+
+    found = verify(run.path(100), threads=1, progress=progress)
+    assert found.state == "good"

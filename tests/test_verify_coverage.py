@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tailor_dcp.verifying.coverage import Miscovered, miscovered
+from tailor_dcp.verifying.coverage import Miscovered, TooManyCornersError, miscovered
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -70,3 +71,13 @@ def test_a_hundred_thousand_chunks() -> None:
     assert miscovered((800_000, 512), rows) is None
     assert miscovered((800_000, 512), rows[:70_000] + rows[70_001:]) == Miscovered((560_000, 0), 0)
     assert miscovered((800_000, 512), [*rows, ((4, 3), (1, 1))]) == Miscovered((4, 3), 2)
+
+
+def test_dimensions_that_are_not_cut_cost_nothing() -> None:
+    """And what is cut along more than any tensor is refused, instead of taking all memory."""
+    size = (2,) * 60
+    first, second = (0,) * 60, (*(0,) * 59, 1)
+    assert miscovered(size, [(first, (*size[:59], 1)), (second, (*size[:59], 1))]) is None
+    assert miscovered(size, [(first, (*size[:59], 1)), (first, (*size[:59], 1))]) == Miscovered(first, 2)
+    with pytest.raises(TooManyCornersError):
+        miscovered(size, [(first, (1,) * 60)])

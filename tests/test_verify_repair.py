@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -176,3 +177,33 @@ def test_only_what_may_be_taken_is_read(run: Run) -> None:
     """Of the other checkpoints no bytes but those of the damaged unit."""
     with damaged(run.path(300), f"model.{L1}.w"):
         assert verify(run.path(200), units={Unit(L1, "weight")}).bytes < verify(run.path(200)).bytes / 5
+
+
+@pytest.mark.parametrize("saved_by", ["ours", "stock"])
+def test_a_copy_gives_back_also_the_training_state(tmp_path: Path, saved_by: str) -> None:
+    run = Run(tmp_path / "run")
+    for step in (100, 200):
+        if saved_by == "ours":
+            run.save(step, due(*LAYERS), writer=LayerwiseWriter, extra={"train": {"clock": torch.arange(5) + step}})
+        else:
+            run.stock(step)
+    shutil.copytree(run.path(200), run.folder / "keep")
+    key = "train.clock" if saved_by == "ours" else f"model.{L0}.w"
+    with damaged(run.path(200), key):
+        made = planned(run.path(200))
+    assert [(one.source, one.same) for one in made.taken] == [(str(run.folder / "keep"), True)]
+
+
+def test_in_a_copied_run_older_is_what_has_the_lower_step(tmp_path: Path) -> None:
+    """There files have the time of the copying, and stock metadata has no other."""
+    run = Run(tmp_path / "run")
+    for step in (100, 200, 300):
+        run.stock(step)
+    for step, seconds in ((300, 1e9), (200, 2e9), (100, 3e9)):
+        os.utime(run.path(step) / ".metadata", (seconds, seconds))
+    with damaged(run.path(200), f"model.{L0}.w"):
+        (taken,) = planned(run.path(200)).taken
+        assert taken.source == str(run.path(100))
+    (run.path(200) / ".metadata").write_bytes(b"nothing")
+    os.utime(run.path(200) / ".metadata", (4e9, 4e9))
+    assert planned(run.path(200)).recipe == {"base": str(run.path(100))}

@@ -38,6 +38,8 @@ def verify(
 
     Exit code 1 means that something is damaged, or with --strict that something has no checksum.
     """
+    if repair is not None and not repair.absolute().parent.is_dir():  # before all is read in vain
+        raise typer.BadParameter(f"{repair.parent} is no folder; make it first.", param_hint="--repair-plan")
     with progress_bar("verifying") as progress:
         found = verify_bytes(path, threads=threads, progress=progress)
     plans: tuple[RepairPlan, ...] = ()

@@ -126,6 +126,10 @@ def sign(metadata: Metadata) -> None:
         record[DIGEST] = digest(metadata)
 
 
+def _nothing(metadata: Metadata) -> None:
+    """Check nothing."""
+
+
 class CompositeMetadata(Metadata):
     """A plain ``Metadata`` that takes in carried entries when the writer sets ``storage_data``.
 
@@ -143,7 +147,7 @@ class CompositeMetadata(Metadata):
         plain: Metadata,
         carried: StorageData,
         record: dict[str, Any],
-        check: Callable[[Metadata], None] = lambda _: None,
+        check: Callable[[Metadata], None] = _nothing,
     ) -> None:
         super().__init__(plain.state_dict_metadata)
         self.__dict__.update(plain.__dict__)
@@ -173,6 +177,7 @@ class CompositeMetadata(Metadata):
             )
         if self.storage_data is not None:
             self._check(self)
+            self.__dict__["_check"] = _nothing  # once committed it is pickled again, to tell the other ranks
         state = {k: v for k, v in self.__dict__.items() if k not in ("_carried", "_check", "state_dict_metadata")}
         state[ATTRIBUTE] = {**state[ATTRIBUTE], DIGEST: digest(self)}
         return (Metadata, (self.state_dict_metadata,), state)

@@ -49,11 +49,13 @@ class Seen(NamedTuple):
         good: whether it is what it must be; None where nothing tells.
         why: if it is not good, half a sentence.
         mark: a checksum that copies of it have as well; None if there is none.
+        opened: whether the file could be opened; if not, it may still be there by another name.
     """
 
     good: bool | None
     why: str = ""
     mark: int | None = None
+    opened: bool = True
 
 
 class BlobCheck:
@@ -104,7 +106,10 @@ def _outline(want: Want) -> Outline | None:
         return None
     if not 0 < math.prod(want.shape) * want.dtype.itemsize <= want.length:  # memory that is asked for, if not taken
         return None
-    made = outline(want.shape, want.dtype)
+    try:
+        made = outline(want.shape, want.dtype)
+    except (KeyError, RuntimeError):  # of quantized dtypes, and of those narrower than a byte, torch makes no frame
+        return None
     return made if made.length == want.length else None
 
 

@@ -93,7 +93,7 @@ class _Worker:
                 yield from self._checked(wants)
         except OSError as error:  # only opening it raises one
             why = f"cannot be read: {error.strerror or error}"
-            yield from ((want, Seen(False, why)) for want in wants)
+            yield from ((want, Seen(False, why, opened=False)) for want in wants)
 
     def _checked(self, wants: Sequence[Want]) -> Iterator[tuple[Want, Seen]]:
         for together in self._windows(wants):

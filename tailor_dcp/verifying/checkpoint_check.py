@@ -64,20 +64,22 @@ class CheckpointCheck:
 
     Attributes:
         base: the checkpoint.
+        name: what it is called.
         units: the units that are looked at; None for all, and for what belongs to none.
         findings: what is wrong with it, or could not be checked.
         unverifiable_bytes: bytes that nothing tells anything about.
     """
 
     base: Base
+    name: str
     units: Collection[Unit] | None = None
     findings: list[Finding] = field(default_factory=list)
     unverifiable_bytes: int = 0
 
     @property
-    def name(self) -> str:
-        """What it is called in its run."""
-        return self.base.location.name
+    def is_damaged(self) -> bool:
+        """Whether anything was found to be wrong."""
+        return any(finding.state == "damaged" for finding in self.findings)
 
     @cached_property
     def contents(self) -> Contents:

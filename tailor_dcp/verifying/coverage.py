@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 _LARGEST = 1 << 62
+_MOST = 1 << 24
+"""Corners that are looked at, in about a GiB; half a million chunks cut along five dimensions have as many."""
 
 
 class Miscovered(NamedTuple):
@@ -36,6 +38,9 @@ def miscovered(size: Sequence[int], boxes: Sequence[tuple[Sequence[int], Sequenc
     Args:
         size: the tensor's.
         boxes: offsets and sizes of each; all lie within the tensor.
+
+    Raises:
+        TooManyCornersError: they are cut along so many dimensions that it would take more memory than there is.
     """
     whole = tuple(size)
     if len(boxes) == 1 and tuple(boxes[0][1]) == whole:  # nearly all tensors of small jobs, and it lies within
@@ -46,15 +51,29 @@ def miscovered(size: Sequence[int], boxes: Sequence[tuple[Sequence[int], Sequenc
     filled = [(offsets, sizes) for offsets, sizes in boxes if math.prod(sizes)]
     if not math.prod(whole):
         return None
-    return _first_odd(whole, filled)
+    starts = np.array([*(offsets for offsets, _ in filled), (0,) * len(whole)], np.int64)
+    ends = starts + np.array([*(sizes for _, sizes in filled), whole], np.int64)
+    cut = np.flatnonzero((starts != 0).any(0) | (ends != whole).any(0))  # along the others, all boxes are the whole
+    if len(starts) << len(cut) > _MOST:
+        raise TooManyCornersError
+    odd = _first_odd(starts[:, cut], ends[:, cut])
+    if odd is None:
+        return None
+    element = np.zeros(len(whole), np.int64)
+    element[cut] = odd.element
+    return Miscovered(tuple(element.tolist()), odd.times)
 
 
-def _first_odd(whole: tuple[int, ...], boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Miscovered | None:
-    starts = np.array([*(offsets for offsets, _ in boxes), (0,) * len(whole)], np.int64)
-    ends = starts + np.array([*(sizes for _, sizes in boxes), whole], np.int64)
+class TooManyCornersError(Exception):
+    """A tensor is cut along more dimensions than any is."""
+
+
+def _first_odd(starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]) -> Miscovered | None:
+    """Return where boxes do not fill the last of them exactly once."""
+    dims = starts.shape[1]
     weights = np.ones(len(starts), np.int64)
     weights[-1] = -1  # the whole is taken away
-    ranked = [_ranked(starts[:, dim], ends[:, dim]) for dim in range(len(whole))]
+    ranked = [_ranked(starts[:, dim], ends[:, dim]) for dim in range(dims)]
     codes, signs = _corners([one[1:] for one in ranked], [len(one.known) for one in ranked], weights)
     order = np.argsort(codes, kind="stable")
     codes, signs = codes[order], signs[order]
@@ -66,7 +85,7 @@ def _first_odd(whole: tuple[int, ...], boxes: Sequence[tuple[Sequence[int], Sequ
     # In row-major order nothing before this corner is odd, so here the boxes are too many or too few by just this.
     corner = order[first[odd[0]]]
     which, row = divmod(int(corner), len(starts))
-    bits = list(product((0, 1), repeat=len(whole)))[which]
+    bits = list(product((0, 1), repeat=dims))[which]
     element = tuple(int((ends if bit else starts)[row, dim]) for dim, bit in enumerate(bits))
     return Miscovered(element, 1 + int(sums[odd[0]]))
 

@@ -14,7 +14,7 @@ class Finding:
     """One thing that is wrong, or that nothing tells whether it is right.
 
     Attributes:
-        checkpoint: the checkpoint's name in its run.
+        checkpoint: the checkpoint's name: its path in what was verified.
         state: ``damaged`` or ``unverifiable``.
         what: what it is, as a sentence.
         file: the file, as the checkpoint calls it; None where it is none's fault.
@@ -43,7 +43,7 @@ class Verdict:
     """What came of one checkpoint.
 
     Attributes:
-        name: its name in its run.
+        name: its path in what was verified; of a checkpoint that was verified alone, its name in its run.
         path: its folder.
         step: its step.
         save_id: the save that made it.

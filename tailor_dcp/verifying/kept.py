@@ -33,7 +33,8 @@ def kept(base: Base, verdict: Verdict) -> Kept:
     if record is not None and record.parent is not None:
         origins.append(record.parent)
     saved_as = PurePosixPath(str(meta.checkpoint_id or "")).name if meta else ""
-    named = frozenset((one.folder, one.save_id) for one in origins)
+    above = verdict.name.removesuffix(base.location.name)  # of its run, where that is one of several
+    named = frozenset((above + one.folder, one.save_id) for one in origins)
     return Kept(verdict, saved_as or base.location.folder.name, named)
 
 

@@ -12,7 +12,7 @@ from tailor_dcp.base import Base
 from tailor_dcp.inspection import OTHER, unit_records
 from tailor_dcp.metadata.record import Origin
 from tailor_dcp.units import STEP, WEIGHT, Unit
-from tailor_dcp.verifying.findings import Finding
+from tailor_dcp.verifying.findings import Finding, Verdict
 
 Damaged = frozenset[Unit] | None
 """The units of a checkpoint that are damaged; None if its metadata is, so that nothing of it can be believed."""
@@ -143,17 +143,17 @@ def _belongs(unit: Unit, other: Unit) -> bool:
     return unit == other or (unit.layer == other.layer and WEIGHT not in (unit.kind, other.kind))
 
 
-def plan(mine: Candidate | None, name: str, time: float, others: Sequence[Candidate]) -> RepairPlan:
+def plan(mine: Candidate | None, verdict: Verdict, others: Sequence[Candidate]) -> RepairPlan:
     """Make the plan for one damaged checkpoint.
 
     Args:
         mine: the checkpoint; None if its metadata cannot be read.
-        name: what it is called.
-        time: when it was saved.
+        verdict: what came of it.
         others: all other checkpoints of its run and series whose metadata can be read and believed.
     """
-    newest = sorted(others, key=lambda other: other.time, reverse=True)
-    older = [other for other in newest if other.time < time]
+    name = verdict.name
+    newest = _newest_first(others)
+    older = [other for other in newest if _is_older(other, mine, verdict)]
     whole = next((other for other in older if other.damaged == frozenset()), None)
     if mine is None or mine.damaged is None:
         return _instead(name, whole, (".metadata",))
@@ -171,6 +171,27 @@ def plan(mine: Candidate | None, name: str, time: float, others: Sequence[Candid
     return RepairPlan(name, mine.name, takes, (), _recipe(mine.name, takes))
 
 
+def _newest_first(others: Sequence[Candidate]) -> list[Candidate]:
+    told = all(_tells_time(other) for other in others)
+    return sorted(others, key=lambda other: (0 if told else _step(other), other.time), reverse=True)
+
+
+def _is_older(other: Candidate, mine: Candidate | None, verdict: Verdict) -> bool:
+    told = mine is not None and _tells_time(mine) and _tells_time(other)
+    if told or verdict.step is None or _step(other) < 0:
+        return other.time < verdict.time
+    return _step(other) < verdict.step
+
+
+def _tells_time(one: Candidate) -> bool:
+    """Tell whether it is known when a checkpoint was saved; its file's time is that of the last copying."""
+    return one.base.record is not None
+
+
+def _step(one: Candidate) -> int:
+    return -1 if one.base.origin.step is None else one.base.origin.step
+
+
 def _instead(name: str, whole: Candidate | None, lost: tuple[str, ...]) -> RepairPlan:
     base = whole.name if whole else None
     return RepairPlan(name, base, (), lost, {"base": base} if base else None)
@@ -180,10 +201,10 @@ def _source(
     group: frozenset[Unit], base: Base, newest: Sequence[Candidate], older: Sequence[Candidate]
 ) -> tuple[Candidate, bool] | None:
     """Return where units come from: the very values if anybody has them, else the newest older ones."""
-    wanted = _origins(base, group)
+    wanted = _saves(base, group)
     intact = [other for other in newest if other.damaged is not None and not other.damaged & group]
     for other in intact:
-        if OTHER not in group and wanted is not None and _origins(other.base, group) == wanted:
+        if wanted is not None and _saves(other.base, group) == wanted:
             return other, True
     return next(((other, False) for other in older if other in intact and _origins(other.base, group)), None)
 
@@ -195,6 +216,12 @@ def _origins(base: Base, group: frozenset[Unit]) -> dict[Unit, Origin] | None:
     if OTHER in group:
         found[OTHER] = base.origin
     return found if len(found) == len(group) else None
+
+
+def _saves(base: Base, group: frozenset[Unit]) -> dict[Unit, str] | None:
+    """Return the saves whose values units have; None if that is not known of all of them."""
+    saves = {unit: origin.save_id for unit, origin in (_origins(base, group) or {}).items()}
+    return saves if saves and all(saves.values()) else None
 
 
 def _takes(group: frozenset[Unit], source: Candidate, same: bool) -> Iterator[Taken]:

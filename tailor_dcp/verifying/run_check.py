@@ -31,12 +31,13 @@ class RunCheck:
     """Checks checkpoints, and remembers what was read of which file.
 
     Args:
+        root: what checkpoints are named by their paths in; a checkpoint itself, or a run.
         threads: that read.
         progress: is told how many of how many bytes are done.
     """
 
-    def __init__(self, threads: int, progress: Progress | None) -> None:
-        self._threads, self._progress = threads, progress
+    def __init__(self, root: Path, threads: int, progress: Progress | None) -> None:
+        self._root, self._threads, self._progress = root, threads, progress
         self._lock = threading.Lock()
         self._unplanned: dict[FileId, int] = {}
         self._total = 0
@@ -79,26 +80,39 @@ class RunCheck:
         """
         path = folder / METADATA
         try:
-            data = content(path)
-            metadata = loads(data, str(path))
-            base = base_of(metadata, folder)
+            data, now = b"", content(path)
+            while now != data:  # what was compacted or saved again while it was read is not damaged
+                data = now
+                check, places = self._checked(folder, data, units)
+                now = content(path) if check.is_damaged else data
         except NoCheckpointError:  # pruned since it was listed
             return
         except UnreadableMetadataError as error:
             self._unreadable(folder, str(error))
             return
-        check = CheckpointCheck(base, units)
+        self._copies.note(check.base, places)
+        self._keep(check, path)
+
+    def _checked(
+        self, folder: Path, data: bytes, units: Collection[Unit] | None
+    ) -> tuple[CheckpointCheck, dict[str, Place]]:
+        metadata = loads(data, str(folder / METADATA))
+        base = base_of(metadata, folder)
+        check = CheckpointCheck(base, self._named(folder), units)
         for problem in (*authenticity(metadata, data), *structure(base)):
             check.problem(problem)
         places = check.places()
         self._blobs(check, places, check.linked(places))
-        self._copies.note(base, places)
-        self._keep(check, path)
+        return check, places
+
+    def _named(self, folder: Path) -> str:
+        """Return what a checkpoint is called: not by its own run alone, since there may be several."""
+        return locate(folder).name if folder == self._root else folder.relative_to(self._root).as_posix()
 
     def _unreadable(self, folder: Path, why: str) -> None:
-        here = locate(folder)
-        self.findings.append(Finding(here.name, "damaged", why, METADATA))
-        verdict = Verdict(here.name, str(folder), here.step, "", _changed(folder / METADATA), "damaged", 0, 0, 0, 0)
+        here, name = locate(folder), self._named(folder)
+        self.findings.append(Finding(name, "damaged", why, METADATA))
+        verdict = Verdict(name, str(here.folder), here.step, "", _changed(folder / METADATA), "damaged", 0, 0, 0, 0)
         self._kept.append(Kept(verdict, here.folder.name))
 
     def _blobs(
@@ -130,7 +144,7 @@ class RunCheck:
             self._sizes[place.id] = place.size
             seen = self._seen.setdefault(place.id, {})
             for want in wants:
-                if want not in seen:
+                if want not in seen or not seen[want].opened:
                     missing.setdefault(place.path, {})[want] = None
         ids = {place.path: place.id for place in places.values()}
         lots = {path: list(lot) for path, lot in missing.items()}
@@ -177,8 +191,12 @@ class RunCheck:
 
         What torch alone wrote has checksums of its own, which also a file has that does not belong there.
         """
+        names = {one.verdict.path: one.verdict.name for one in self._kept}
         for odd in self._copies.odd(self._seen):
-            check = CheckpointCheck(open_base(odd.folder))
+            try:
+                check = CheckpointCheck(open_base(odd.folder), names[str(odd.folder)])
+            except NoCheckpointError:  # pruned since it was read
+                continue
             parts = [
                 part
                 for part in check.parts

@@ -14,7 +14,7 @@ from tailor_dcp.metadata.digest import digest, is_digest, is_newer
 from tailor_dcp.metadata.record import ATTRIBUTE, DIGEST, KEYS, SEALED, Record
 from tailor_dcp.metadata.seal import is_intact
 from tailor_dcp.raw_stretch import bytes_of, is_raw
-from tailor_dcp.verifying.coverage import miscovered
+from tailor_dcp.verifying.coverage import TooManyCornersError, miscovered
 from tailor_dcp.verifying.findings import State
 
 _OURS = re.compile(r"(?:.*/)?__\d+_[0-9a-f]{8}_[^/]*\.distcp")
@@ -95,7 +95,12 @@ def _chunks(metadata: Metadata) -> Iterator[Problem]:
     for key, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
             continue
-        odd = miscovered(entry.size, [(chunk.offsets, chunk.sizes) for chunk in entry.chunks])
+        try:
+            odd = miscovered(entry.size, [(chunk.offsets, chunk.sizes) for chunk in entry.chunks])
+        except TooManyCornersError:
+            what = f"Whether the chunks of {key} fill it was not looked at: it is cut along too many dimensions."
+            yield Problem(what, key, state="unverifiable")
+            continue
         if odd is not None:
             how = f"in {odd.times} chunks" if odd.times > 0 else "in no chunk"
             yield Problem(
@@ -129,9 +134,10 @@ def _places(metadata: Metadata) -> Iterator[Problem]:
 
 def _overlaps(base: Base) -> Iterator[Problem]:
     """No two blobs have bytes in common, unless they are the same: tied weights."""
-    rows = sorted({(info.relative_path, info.offset, info.length) for info in base.metadata.storage_data.values()})
+    infos = base.metadata.storage_data.values()
+    rows = sorted({(info.relative_path, info.offset, info.length) for info in infos if info.length})
     for one, other in pairwise(rows):
-        if one[0] == other[0] and one[1] + one[2] > other[1] and one[2] and other[2]:
+        if one[0] == other[0] and one[1] + one[2] > other[1]:
             yield Problem(
                 f"Two entries have the bytes from {other[1]} on of {one[0]} in common; each must have its own.",
                 file=one[0],

@@ -547,3 +547,12 @@ def test_a_checkpoint_that_is_made_anew_while_it_is_read_is_not_damaged(run: Run
 
     found = verify(run.path(100), threads=1, progress=progress)
     assert found.state == "good"
+
+
+def test_an_empty_metadata_is_damaged(tmp_path: Path) -> None:
+    """As a disk that was full may leave it."""
+    (tmp_path / "step-1").mkdir()
+    (tmp_path / "step-1" / ".metadata").touch()
+    found = verify(tmp_path)
+    assert found.state == "damaged"
+    assert "step-1" in found.findings[0].what

@@ -80,11 +80,13 @@ class RunCheck:
         """
         path = folder / METADATA
         try:
-            data, now = b"", content(path)
-            while now != data:  # what was compacted or saved again while it was read is not damaged
+            now = content(path)
+            while True:  # what was compacted or saved again while it was read is not damaged
                 data = now
                 check, places = self._checked(folder, data, units)
                 now = content(path) if check.is_damaged else data
+                if now == data:
+                    break
         except NoCheckpointError:  # pruned since it was listed
             return
         except UnreadableMetadataError as error:

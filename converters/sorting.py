@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tailor_dcp.catalog import Catalog
+from tailor_dcp.errors import DamagedSourceError
 from tailor_dcp.layers import LayerMap
 from tailor_dcp.layers import Path as KeyPath
 from tailor_dcp.tensors import Given, Readable
@@ -61,9 +62,20 @@ def sort(
         format=format_,
         weights=weights,
         state=state,
-        groups=tuple({_PARAMS: list(state) if len(groups) == 1 else [], **with_lists(group)} for group in groups),
+        groups=tuple(_group(source, list(state) if len(groups) == 1 else [], group) for group in groups),
         train={name: with_lists(held) for name, held in train.items() if name != _TOKEN},
     )
+
+
+def _group(source: Path, names: list[str], held: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a param group; one that does not tell its parameters has those of ``names``."""
+    group = {_PARAMS: names, **with_lists(held)}
+    params = group[_PARAMS]
+    if not isinstance(params, list) or not all(isinstance(name, str | int) for name in params):
+        raise DamagedSourceError(
+            f"{source} has a param group whose params are no list of names; use another checkpoint."
+        )
+    return group
 
 
 def _number(value: Any) -> Readable:

@@ -16,9 +16,8 @@ from tailor_dcp.catalog import Catalog
 from tailor_dcp.companions import files_of
 from tailor_dcp.contents import Contents
 from tailor_dcp.errors import ConversionError, DamagedSourceError
-from tailor_dcp.layers import Path as KeyPath
 from tailor_dcp.location import METADATA
-from tailor_dcp.metadata.compose import shape_of, unstored
+from tailor_dcp.metadata.compose import paths_of, shape_of, unstored
 from tailor_dcp.open_checkpoint import Checkpoint
 from tailor_dcp.raw_stretch import is_raw
 from tailor_dcp.tensors import Readable
@@ -86,7 +85,7 @@ def _open(path: Path, options: Options, files: dict[str, Path]) -> Catalog:
             f"{path / METADATA} does not tell where {missing[0]} is stored; use another checkpoint."
         )
     contents.check_files((index.fqn, info) for index, info in contents.base.metadata.storage_data.items())
-    paths: dict[str, KeyPath] = {key: (contents.base.metadata.planner_data or {}).get(key, (key,)) for key in stored}
+    paths = paths_of(contents.base.metadata)
     tensors = {key for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
     checkpoint = Checkpoint(contents, allowed(options.allow))
     leaders = _leaders(contents)

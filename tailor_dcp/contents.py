@@ -15,7 +15,7 @@ from tailor_dcp.file_marks import mark_of
 from tailor_dcp.inspection import unit_records
 from tailor_dcp.layers import Entry, LayerMap
 from tailor_dcp.location import is_within, real
-from tailor_dcp.metadata.compose import shape_of
+from tailor_dcp.metadata.compose import paths_of, shape_of
 from tailor_dcp.metadata.record import UnitRecord
 from tailor_dcp.stores import is_remote, sizes
 from tailor_dcp.units import Unit
@@ -58,7 +58,7 @@ class Contents:
     def entries(self) -> dict[str, Entry]:
         """The parameter's name and the kind of each key that the names alone tell."""
         stored = self.base.metadata.state_dict_metadata
-        paths = {key: (self.base.metadata.planner_data or {}).get(key, (key,)) for key in stored}
+        paths = paths_of(self.base.metadata)
         return LayerMap().classify(paths, {key for key, entry in stored.items() if shape_of(entry).size is not None})
 
     @cached_property

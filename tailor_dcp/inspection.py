@@ -14,7 +14,7 @@ from tailor_dcp.errors import DamagedSourceError, NoCheckpointError
 from tailor_dcp.file_marks import mark_of
 from tailor_dcp.layers import LayerMap
 from tailor_dcp.location import METADATA, is_within
-from tailor_dcp.metadata.compose import file_sizes, shape_of, unstored
+from tailor_dcp.metadata.compose import file_sizes, paths_of, shape_of, unstored
 from tailor_dcp.metadata.record import Origin, UnitRecord
 from tailor_dcp.raw_stretch import is_raw
 from tailor_dcp.runs import latest
@@ -148,7 +148,7 @@ def unit_records(base: Base) -> dict[Unit, UnitRecord]:
     if base.record is not None:
         return dict(base.record.units)
     metadata = base.metadata.state_dict_metadata
-    paths = {key: (base.metadata.planner_data or {}).get(key, (key,)) for key in metadata}
+    paths = paths_of(base.metadata)
     entries = LayerMap().classify(paths, {key for key, entry in metadata.items() if shape_of(entry).size is not None})
     keys: dict[Unit, list[str]] = {}
     for key, entry in entries.items():

@@ -18,7 +18,7 @@ from tailor_dcp.inspection import unit_records
 from tailor_dcp.layers import LayerMap
 from tailor_dcp.location import METADATA
 from tailor_dcp.merging.sources import open_source
-from tailor_dcp.metadata.compose import Shape
+from tailor_dcp.metadata.compose import Shape, paths_of
 from tailor_dcp.names import listed, matches
 from tailor_dcp.selection import State
 from tailor_dcp.units import WEIGHT, Unit
@@ -92,7 +92,7 @@ def is_resting(key: str, layer: str, frozen: Iterable[str]) -> bool:
 def _of_checkpoint(path: Path) -> State:
     base = open_base(path)
     stored = base.metadata.state_dict_metadata
-    paths = {key: (base.metadata.planner_data or {}).get(key, (key,)) for key in stored}
+    paths = paths_of(base.metadata)
     shapes = {key: base.source_shape(key) for key in stored}
     state = gather([RankInfo(paths, shapes, base.record.ties if base.record else ())], LayerMap(), None)
     owners = {key: unit for unit, held in unit_records(base).items() for key in held.keys}

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from tailor_dcp.errors import TailorError
-from tailor_dcp.metadata.compose import CompositeMetadata, Shape, file_sizes, rebase, uncovered, unstored
+from tailor_dcp.metadata.compose import CompositeMetadata, Shape, file_sizes, paths_of, rebase, uncovered, unstored
 from tailor_dcp.metadata.digest import digest
 
 
@@ -127,3 +127,15 @@ def test_a_shape_knows_its_bytes(size: list[int], dtype: torch.dtype) -> None:
     """Over all ranks, in the state's own dtype."""
     assert Shape(torch.Size(size), dtype).bytes == math.prod(size) * torch.empty(0, dtype=dtype).element_size()
     assert Shape(None, None).bytes == 0
+
+
+_NO_PATH = st.one_of(st.none(), st.integers(), st.tuples(), st.lists(st.text()), st.tuples(st.none()))
+
+
+@given(told=st.dictionaries(st.sampled_from("abc"), _NO_PATH))
+def test_what_is_no_path_is_not_taken_for_one(told: dict[str, object]) -> None:
+    """Other planners keep what they like in planner_data, damaged files have anything there."""
+    metadata = Metadata(dict.fromkeys("ab"), planner_data={**told, "b": ("model", "b", 0)})  # type: ignore[arg-type]
+    assert paths_of(metadata) == {"a": ("a",), "b": ("model", "b", 0)}
+    metadata.planner_data = list(told)
+    assert paths_of(metadata) == {"a": ("a",), "b": ("b",)}

@@ -18,7 +18,7 @@ from tailor_dcp.file_marks import Mark
 from tailor_dcp.merging.naming import KeyPath, renamed_path
 from tailor_dcp.merging.param_groups import is_list, renamed_keys, renamed_list
 from tailor_dcp.merging.resolve import Resolved, Slot
-from tailor_dcp.metadata.compose import StorageData
+from tailor_dcp.metadata.compose import StorageData, paths_of
 from tailor_dcp.metadata.record import Origin, Record, UnitRecord
 from tailor_dcp.raw_stretch import RAW, is_raw
 from tailor_dcp.units import WEIGHT, Unit
@@ -137,6 +137,7 @@ class _Mapper:
         self._origins = {name: _origins(contents) for name, contents in sources.items()}
         self._names: dict[str, dict[str, str]] = {name: {} for name in sources}
         self._found: dict[str, File] = {}
+        self._paths: dict[str, dict[str, KeyPath]] = {}
         self._ends: dict[str, int] = {}
 
     def add_slot(self, slot: Slot) -> None:
@@ -219,8 +220,9 @@ class _Mapper:
         return ("model", held.fqn) if held.kind == WEIGHT else ("optim", "state", held.fqn, held.kind)
 
     def _path(self, source: str, key: str) -> KeyPath:
-        paths: Mapping[str, KeyPath] = self._sources[source].base.metadata.planner_data or {}
-        return paths.get(key, (key,))
+        if source not in self._paths:
+            self._paths[source] = paths_of(self._sources[source].base.metadata)
+        return self._paths[source].get(key, (key,))
 
 
 def _origins(contents: Contents) -> dict[str, Origin]:

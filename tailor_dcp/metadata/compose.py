@@ -51,6 +51,19 @@ def shape_of(entry: STORAGE_TYPES) -> Shape:
     return Shape(None, None)
 
 
+def paths_of(metadata: Metadata) -> dict[str, tuple[str | int, ...]]:
+    """Return where in the nested state dict each key's value is; a key that is told nothing of is its own path.
+
+    Other planners than DCP's own keep what they like in ``planner_data``.
+    """
+    told = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
+    return {key: told[key] if _is_path(told.get(key)) else (key,) for key in metadata.state_dict_metadata}
+
+
+def _is_path(told: object) -> bool:
+    return isinstance(told, tuple) and bool(told) and all(isinstance(part, str | int) for part in told)
+
+
 def chunk_shape(index: MetadataIndex, stored: TensorStorageMetadata) -> torch.Size:
     """Return the shape of the stored chunk that an index tells of."""
     if index.index is not None and index.index < len(stored.chunks):

@@ -122,7 +122,7 @@ def _metadata(root: object, length: int) -> Metadata:
             damaged(f"it has no {needed}")
     made = Metadata(
         state_dict_metadata=_states(given["state_dict_metadata"], length),
-        planner_data=_planner_data(given.get("planner_data"), length),
+        planner_data=_Plain("planner_data", _MAX_GROWTH * length).of(given.get("planner_data"))[0],
         storage_data=_places(given["storage_data"]),
         storage_meta=_storage_meta(given.get("storage_meta")),
         version=given.get("version"),
@@ -130,14 +130,6 @@ def _metadata(root: object, length: int) -> Metadata:
     if "tailor" in given:
         vars(made)["tailor"] = _Plain("tailor", _MAX_GROWTH * length).of(given["tailor"])[0]
     return made
-
-
-def _planner_data(given: object, length: int) -> Any:
-    """Return where in the nested state dict each key's value is; other planners keep what they like there."""
-    found = _Plain("planner_data", _MAX_GROWTH * length).of(given)[0]
-    if isinstance(found, dict) and not all(found.values()):
-        damaged("a key of its planner_data leads nowhere")
-    return found
 
 
 def _storage_meta(meta: StorageMeta | None) -> StorageMeta | None:

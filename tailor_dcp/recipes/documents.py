@@ -60,6 +60,8 @@ def load(path: Path) -> Document:
     Raises:
         RecipeError: it cannot be read, is no YAML, has a key twice, or is too large to be a recipe.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise RecipeError(f"{path} is no regular file; name a recipe's YAML file.")  # a pipe would be waited for
     try:
         with path.open("rb") as stream:
             raw = stream.read(_LARGEST + 1)

@@ -167,13 +167,6 @@ def recipe_that_is_a_device(ground: Ground) -> Path:
 
 
 @attack
-def recipe_that_is_a_secret(ground: Ground) -> Path:
-    """Is a symbolic link to a secret, whose text an error might tell."""
-    (ground.folder / "recipe.yaml").symlink_to(ground.secret)
-    return ground.folder / "recipe.yaml"
-
-
-@attack
 def recipe_that_is_not_text(ground: Ground) -> Path:
     """Is no UTF-8."""
     return ground.write("recipe.yaml", b"\xff\xfe\x00base")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
 import shutil
 import stat
@@ -15,7 +13,7 @@ from pathlib import Path
 
 from tailor_dcp.census import walk
 from tailor_dcp.errors import TailorError
-from tailor_dcp.locks import Lock
+from tailor_dcp.locks import Lock, is_held
 
 COMPACTION = ".compact"
 """The folder in a run that a compaction works in."""
@@ -73,7 +71,7 @@ def find(run: Path) -> list[Leftover]:
         what = _named(path.name)
         if what is not None:
             size, written = taken(path)
-            busy = _is_held(_lock_of(path)) if _lock_of(path).exists() else time.time() - written < QUIET
+            busy = is_held(_lock_of(path)) if _lock_of(path).exists() else time.time() - written < QUIET
             found.append(Leftover(path, what, size, written, busy))
     return found
 
@@ -110,21 +108,3 @@ def _named(name: str) -> str | None:
 
 def _lock_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.lock")
-
-
-def _is_held(lock: Path) -> bool:
-    """Tell whether a process has a lock; it ends with the process, however that ended."""
-    try:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True  # nobody can tell
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    else:
-        return False
-    finally:
-        os.close(descriptor)

@@ -35,6 +35,23 @@ def _let_go(descriptor: int) -> None:
     os.close(descriptor)
 
 
+def is_held(path: Path) -> bool:
+    """Tell whether a process has a lock; it ends with the process, however that ended."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True  # nobody can tell
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return True
+    _let_go(descriptor)
+    return False
+
+
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL})
 """What file systems without locks say, where work must go on all the same."""
 

@@ -18,6 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from tailor_dcp import unpickling
+from tailor_dcp.archives import data_start
 from tailor_dcp.errors import ConversionError, DamagedSourceError, TailorError
 from tailor_dcp.tensors import Given, Piece, Readable, Stored
 from tailor_dcp.unpickling import tensors_of
@@ -26,7 +27,6 @@ _SMALL = 1 << 12
 """Bytes up to which a tensor is simply kept in memory."""
 _VALUE = 1 << 20
 """Bytes up to which a tensor may be somebody's value, such as a generator's state, and not a weight."""
-_LOCAL_HEADER = 30
 
 
 class TorchFile:
@@ -267,14 +267,12 @@ def _records(path: Path) -> dict[int, int]:
             for entry in archive.infolist():
                 if "/data/" not in entry.filename:
                     continue
-                stream.seek(entry.header_offset)
-                header = stream.read(_LOCAL_HEADER)
-                names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-                if entry.compress_type != zipfile.ZIP_STORED or len(header) < _LOCAL_HEADER:
+                start = data_start(stream, entry)
+                if entry.compress_type != zipfile.ZIP_STORED or start is None:
                     raise DamagedSourceError(f"{path} is a compressed archive, which torch.save does not write.")
                 if entry.compress_size != entry.file_size:
                     raise DamagedSourceError(f"{path} is damaged (a record has two lengths); copy it anew.")
-                found[entry.header_offset + _LOCAL_HEADER + names] = entry.file_size
+                found[start] = entry.file_size
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise DamagedSourceError(f"{path} is damaged ({_first_line(error)}); copy it anew.") from error
     return found

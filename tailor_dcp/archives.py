@@ -7,7 +7,7 @@ import zipfile
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from tailor_dcp.errors import DamagedSourceError
 from tailor_dcp.metadata.pickle_names import shown
@@ -45,15 +45,26 @@ def archived_in(path: Path) -> Sequence[Archived]:
         raise DamagedSourceError(f"{path} is damaged ({error}); copy it anew.") from error
 
 
+def data_start(stream: IO[bytes], entry: zipfile.ZipInfo) -> int | None:
+    """Return where in its archive a record's bytes start, behind its own header; None if that is cut off."""
+    stream.seek(entry.header_offset)
+    header = stream.read(_LOCAL_HEADER)
+    if len(header) < _LOCAL_HEADER:
+        return None
+    names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    return entry.header_offset + _LOCAL_HEADER + names
+
+
 def _record(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Archived:
     stream = archive.fp
     assert stream is not None
-    stream.seek(entry.header_offset)
-    header = stream.read(_LOCAL_HEADER)
-    names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-    start = entry.header_offset + _LOCAL_HEADER + names
+    start = data_start(stream, entry)
     # What is not compressed has one size; zipfile believes either.
-    if entry.compress_size != entry.file_size or start + entry.file_size > os.fstat(stream.fileno()).st_size:
+    if (
+        start is None
+        or entry.compress_size != entry.file_size
+        or start + entry.file_size > os.fstat(stream.fileno()).st_size
+    ):
         raise zipfile.BadZipFile(f"the record {shown(entry.filename)} is not as long as the directory says")
     return Archived(start, entry.file_size, entry.CRC)
 

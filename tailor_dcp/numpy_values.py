@@ -8,7 +8,6 @@ its memory does not have. Here the names stand for others, which do what numpy's
 from __future__ import annotations
 
 import re
-from collections.abc import MutableMapping
 from pickle import UnpicklingError
 from typing import Any
 
@@ -75,30 +74,8 @@ NAMES: tuple[tuple[Any, str], ...] = (
 """What to build for the names in numpy's pickles, those of numpy 1 included."""
 
 
-def settled(value: Any, _known: dict[int, tuple[Any, Any]] | None = None) -> Any:
-    """Return nested values with numpy's own arrays and dtypes in the place of those of this module.
-
-    Lists and dicts are changed in place, so that what is shared, or holds itself, stays so.
-    """
+def real(value: Any) -> Any:
+    """Return numpy's own array or dtype in the place of one of this module; any other value itself."""
     if isinstance(value, Array):
         return np.array(value, subok=False)
-    if isinstance(value, Dtype):
-        return value.made
-    # What was replaced is held as well: something else could get its id.
-    known = {} if _known is None else _known
-    if not isinstance(value, MutableMapping | list | tuple) and not hasattr(value, "__dict__"):
-        return value
-    if id(value) in known:
-        return known[id(value)][1]
-    known[id(value)] = value, value
-    if type(value) is tuple:
-        parts = [settled(part, known) for part in value]
-        changed = any(new is not old for new, old in zip(parts, value, strict=True))
-        known[id(value)] = value, tuple(parts) if changed else value
-    elif isinstance(value, MutableMapping | list):
-        for key, held in list(value.items() if isinstance(value, MutableMapping) else enumerate(value)):
-            if (new := settled(held, known)) is not held:
-                value[key] = new
-    elif type(getattr(value, "__dict__", None)) is dict:
-        settled(vars(value), known)
-    return known[id(value)][1]
+    return value.made if isinstance(value, Dtype) else value

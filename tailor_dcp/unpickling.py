@@ -15,6 +15,7 @@ import pkgutil
 import re
 import threading
 import types
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,8 @@ from torch import _weights_only_unpickler
 from tailor_dcp import numpy_values
 from tailor_dcp.errors import TailorError
 from tailor_dcp.metadata.pickle_names import shown
+from tailor_dcp.python_containers import Containers
+from tailor_dcp.settling import settled
 
 Admitted = tuple[Callable[..., Any], str]
 """What to build, and the full name that a pickle asks for it by."""
@@ -67,6 +70,7 @@ _RUNNING = frozenset(
     }
 )  # fmt: skip
 """Modules that attacks ask for and training states never do: nobody is advised to trust a name of theirs."""
+_CONTAINERS = (Mapping, list, tuple, set, frozenset, deque)
 _LONGEST = 2000
 _DEEPEST = 150
 _EXPANDED = 1 << 20
@@ -124,11 +128,12 @@ def load(stored: Any, admitted: Iterable[Admitted] = (), **how: Any) -> Any:
     with _lock, _short_errors():
         # What somebody else has admitted must stay so when this is done.
         others = set(torch.serialization.get_safe_globals())
-        ours: list[Callable[..., Any] | Admitted] = [
-            one for one in dict.fromkeys((*admitted, *_ADMITTED)) if one not in others
-        ]
+        containers = Containers()
+        named = {name: (made, name) for made, name in (*admitted, *_ADMITTED, *containers.names)}
+        ours: list[Callable[..., Any] | Admitted] = [one for one in named.values() if one not in others]
         with torch.serialization.safe_globals(ours):
-            loaded = numpy_values.settled(torch.load(stored, weights_only=True, **how))
+            loaded = torch.load(stored, weights_only=True, **how)
+    loaded = settled(loaded, lambda value: containers.become(numpy_values.real(value)))
     _check_depth(loaded)
     for tensor in tensors_of(loaded):
         _check(tensor)
@@ -145,7 +150,7 @@ def _check_depth(tree: Any) -> None:
     seen: dict[int, int] = {}
     while stack:
         value, depth = stack.pop()
-        if not isinstance(value, Mapping | list | tuple) or seen.get(id(value), -1) >= depth:
+        if not isinstance(value, _CONTAINERS) or seen.get(id(value), -1) >= depth:
             continue
         if depth > _DEEPEST:
             raise pickle.UnpicklingError(f"it holds itself, or is nested more than {_DEEPEST} deep")
@@ -178,7 +183,7 @@ def tensors_of(tree: Any) -> Iterator[torch.Tensor]:
         value = stack.pop()
         if isinstance(value, torch.Tensor):
             yield value
-        elif isinstance(value, Mapping | list | tuple | set) and id(value) not in seen:
+        elif isinstance(value, _CONTAINERS) and id(value) not in seen:
             seen.add(id(value))  # a pickle can make a list that contains itself
             stack.extend(value.values() if isinstance(value, Mapping) else value)
 

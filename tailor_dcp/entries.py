@@ -35,5 +35,6 @@ def load_entry(
             raise LoadError(f"{shown(key)} in {source} {unpickling.refusal(name)}.") from error
         why = shown(unpickling.reason(error))
         raise LoadError(
-            f"{shown(key)} in {source} is damaged and cannot be read ({why}); use another checkpoint."
+            f"{shown(key)} in {source} cannot be read ({why}): it is damaged, or holds what no training state is known "
+            f"to hold; use another checkpoint."
         ) from error

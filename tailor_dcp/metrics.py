@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from tailor_dcp.store_path import place
 from tailor_dcp.stores import is_remote
 
 _STEPS = ("step", "global_step")
+_WHOLE = re.compile(r"^(\d+)\.0*$")
 _LARGEST = 256 << 20
 """Bytes; what is larger is no file of metrics."""
 
@@ -133,6 +135,8 @@ def _values(rows: Iterable[Mapping[str, Any]], metric: str, path: Path) -> Itera
 
 
 def _step(told: Any, path: Path) -> int:
+    if isinstance(told, str):  # data frames write whole numbers so where a row has none
+        told = _WHOLE.sub(r"\1", told)
     try:
         step = int(told) if isinstance(told, int | str) and not isinstance(told, bool) else None
         step = int(told) if isinstance(told, float) and told.is_integer() else step

@@ -260,8 +260,7 @@ class LayerwiseWriter(FileSystemWriter):
                 os.fsync(stream.fileno())
         partial.replace(folder / METADATA)
         if self.sync_files:
-            sync_folder(folder)
-            sync_folder(folder.parent)
+            _keep(folder)
 
     def _put(self, metadata: Metadata, path: Path) -> None:
         try:
@@ -273,6 +272,19 @@ class LayerwiseWriter(FileSystemWriter):
         info = result.storage_data
         crc = self._checksums.crcs[info.relative_path][info.offset]
         return CheckedResult(result.index, result.size_in_bytes, info, crc)
+
+
+def _keep(folder: Path) -> None:
+    """Have the name of what was committed on the disk, also if power fails."""
+    try:
+        sync_folder(folder)
+        sync_folder(folder.parent)
+    except OSError as error:
+        why = error.strerror or error
+        raise WriteFailedError(
+            f"{folder} was written whole, but the disk does not confirm that it will stay: {why}; a loss of power may "
+            f"undo it, so see to the disk and save again."
+        ) from error
 
 
 def _files(items: Iterable[WriteItem], planner: SavePlanner, parts: int) -> list[list[WriteItem]]:

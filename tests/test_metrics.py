@@ -31,12 +31,12 @@ def trainer_state(told: Told) -> str:
     return json.dumps({"best_metric": None, "log_history": [*history, *between]})
 
 
-def table(told: Told) -> str:
+def table(told: Told, behind: str = "") -> str:
     stream = io.StringIO()
     rows = csv.DictWriter(stream, ["epoch", "global_step", "eval_loss"])
     rows.writeheader()
     for step, value in told.items():
-        rows.writerow({"epoch": "", "global_step": step, "eval_loss": value})
+        rows.writerow({"epoch": "", "global_step": f"{step}{behind}", "eval_loss": value})
     return stream.getvalue()
 
 
@@ -47,6 +47,7 @@ FORMS: dict[str, Callable[[Told], str]] = {
     "steps of metrics": lambda told: json.dumps({str(step): {"eval_loss": value} for step, value in told.items()}),
     "trainer_state": trainer_state,
     "csv": table,
+    "csv of a data frame": lambda told: table(told, ".0"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import zlib
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from tailor_dcp import LayerwisePlanner, LayerwiseWriter
 from tailor_dcp.metadata.record import Sums
@@ -157,6 +159,22 @@ def test_files_and_folders_are_synced_if_wanted(run: Run, monkeypatch: pytest.Mo
     assert {str(folder / name) for name in files(folder)} < set(synced[:at])
     assert {str(folder), str(folder / ".metadata.tmp")} <= set(synced[:at])
     assert synced[at + 1 :] == [str(folder), str(run.folder)]
+
+
+def test_a_commit_that_the_disk_does_not_confirm_is_told_as_such(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is there, and whole; whether it stays if power fails nobody knows."""
+    fsync, folder = os.fsync, run.path(100)
+
+    def fail(descriptor: int) -> None:
+        if (folder / ".metadata").exists():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(CheckpointException, match=r"step-100 was written whole, but the disk does not confirm"):
+        run.save(100, writer=LayerwiseWriter)
+    monkeypatch.undo()
+    assert run.origins(100) == dict.fromkeys(LAYERS, 100)
 
 
 def test_it_writes_what_the_stock_planner_asks_for(run: Run) -> None:

@@ -8,15 +8,16 @@ import io
 import json
 import pickle
 import random
-import subprocess
 import sys
 import threading
 import types
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -26,7 +27,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+import tailor_dcp.cli
 from tailor_dcp import LayerwiseLoadPlanner, LayerwiseReader, TailorError, diff, open_checkpoint
+from tailor_dcp.converters import cli as convert_cli
 from tailor_dcp.converters.convert import convert
 from tailor_dcp.converters.options import Options
 from tailor_dcp.unpickling import NotAllowedError, allowed, asked_for, load, refusal
@@ -248,26 +251,31 @@ def test_a_planner_with_a_form_of_its_own_is_left_alone(tmp_path: Path) -> None:
     assert taken == ["phase"]
 
 
-def _tailor(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    code = f"from {program} import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
-    )
+def _called(main: Callable[[], None], *arguments: object) -> tuple[int, str, str]:
+    """Return a command's exit code, and what it printed."""
+    told, out, err = [sys.argv[0], *map(str, arguments)], io.StringIO(), io.StringIO()
+    code = 0
+    with patch.object(sys, "argv", told), redirect_stdout(out), redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    return code, out.getvalue(), err.getvalue()
 
 
 def test_the_commands_take_the_option(checkpoint: Path, tmp_path: Path) -> None:
-    """Without it exit code 2 and one sentence; with it the class is imported and the work done."""
+    """Without it exit code 2 and one sentence; with it the work is done."""
     options = [part for name in NAMES for part in ("--allow", name)]
-    convert_ = ("tailor_dcp.converters.cli", checkpoint, tmp_path / "out", "--to", "torch")
-    refused = _tailor(*convert_)
-    assert refused.returncode == 2
-    assert f"--allow {PHASE}" in refused.stderr
-    assert "Traceback" not in refused.stderr
-    done = _tailor(*convert_, *options)
-    assert done.returncode == 0, done.stderr
-    moved = _tailor("tailor_dcp.cli", "diff", checkpoint, tmp_path / "out", "--json", *options)
-    assert moved.returncode == 0, moved.stderr
-    assert all(unit["relative"] == 0 for unit in json.loads(moved.stdout)["units"])
+    asked = (checkpoint, tmp_path / "out", "--to", "torch")
+    code, _, error = _called(convert_cli.main, *asked)
+    assert code == 2
+    assert f"--allow {PHASE}" in error
+    assert "Traceback" not in error
+    code, _, error = _called(convert_cli.main, *asked, *options)
+    assert code == 0, error
+    code, told, error = _called(tailor_dcp.cli.main, "diff", checkpoint, tmp_path / "out", "--json", *options)
+    assert code == 0, error
+    assert all(unit["relative"] == 0 for unit in json.loads(told)["units"])
 
 
 def test_a_conversion_carries_what_was_allowed(checkpoint: Path, tmp_path: Path) -> None:

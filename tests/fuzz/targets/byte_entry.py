@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import defaultdict, deque
 from collections.abc import Iterator
 
 import numpy as np
@@ -22,6 +23,7 @@ _NAMES = (
     b"cnumpy._core.multiarray\n_reconstruct\n", b"cnumpy\nndarray\n", b"cnumpy\ndtype\n", b"cbuiltins\ngetattr\n",
     b"cnumpy._core.multiarray\nscalar\n", b"cbuiltins\nset\n", b"ctorch._tensor\n_rebuild_from_type_v2\n",
     b"ctorch._utils\n_rebuild_sparse_tensor\n", b"ctorch._utils\n_rebuild_qtensor\n", b"c_codecs\nencode\n",
+    b"ccollections\ndeque\n", b"ccollections\ndefaultdict\n", b"cbuiltins\nlist\n", b"cbuiltins\nint\n",
 )  # fmt: skip
 
 
@@ -38,6 +40,10 @@ def seeds() -> Iterator[bytes]:
     """Values of training states."""
     values = [{"step": 3, "lr": [0.1, None]}, torch.zeros(2, 3), [np.arange(3), np.float32(1.5), (1, "a", b"b")]]
     values += [rank_state.rng_state()["python"][:1], {"a": torch.zeros(3)[1:], "b": {1, 2}}, "text", True]
+    values += [
+        deque([0.5, defaultdict(list, {"a": [1]})], maxlen=3),
+        {"kind": int, "of": [defaultdict(int, {(1,): 2})]},
+    ]
     for value in (*values, torch.nn.Parameter(torch.zeros(2)), torch.zeros(3).to_sparse(), 1 + 2j):
         yield blob(value)
     stream = io.BytesIO()

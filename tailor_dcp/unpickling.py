@@ -1,7 +1,7 @@
 """Unpickling what ``torch.save`` wrote: tensors, plain values, classes that the user names. Nothing else is run.
 
-It is torch's ``weights_only`` unpickler that reads. What it admits beside its own is one table for the whole process:
-here only one thread at a time has anything in it, and what others have put there stays.
+It is torch's ``weights_only`` unpickler that reads. What it admits beside its own is one table for the whole process;
+here it is another one for the thread that reads, and for that call alone.
 """
 
 from __future__ import annotations
@@ -125,14 +125,9 @@ def load(stored: Any, admitted: Iterable[Admitted] = (), **how: Any) -> Any:
         pickle.UnpicklingError: it asks for something else; see ``asked_for``.
         Exception: whatever damaged bytes lead ``torch.load`` to.
     """
-    with _lock, _short_errors():
-        # What somebody else has admitted must stay so when this is done.
-        others = set(torch.serialization.get_safe_globals())
-        containers = Containers()
-        named = {name: (made, name) for made, name in (*admitted, *_ADMITTED, *containers.names)}
-        ours: list[Callable[..., Any] | Admitted] = [one for one in named.values() if one not in others]
-        with torch.serialization.safe_globals(ours):
-            loaded = torch.load(stored, weights_only=True, **how)
+    containers = Containers()
+    with _lock, _admitting((*admitted, *_ADMITTED, *containers.names)):
+        loaded = torch.load(stored, weights_only=True, **how)
     loaded = settled(loaded, lambda value: containers.become(numpy_values.real(value)))
     _check_depth(loaded)
     for tensor in tensors_of(loaded):
@@ -166,14 +161,21 @@ class _ShortError(pickle.UnpicklingError):
 
 
 @contextmanager
-def _short_errors() -> Iterator[None]:
-    """Let torch's unpickler raise short errors: torch looks for words in them, in quadratic time."""
-    before = _weights_only_unpickler.UnpicklingError
+def _admitting(ours: Iterable[Admitted]) -> Iterator[None]:
+    """Let torch's unpickler find these names as well, in this thread alone.
+
+    It also raises short errors then: torch looks for words in them, in quadratic time.
+    """
+    table: Callable[[], dict[str, Any]] = _weights_only_unpickler._get_user_allowed_globals
+    error = _weights_only_unpickler.UnpicklingError
+    own, reading = {**table(), **{name: made for made, name in ours}}, threading.get_ident()
+    _weights_only_unpickler._get_user_allowed_globals = lambda: own if threading.get_ident() == reading else table()
     _weights_only_unpickler.UnpicklingError = _ShortError  # type: ignore[assignment, misc]
     try:
         yield
     finally:
-        _weights_only_unpickler.UnpicklingError = before  # type: ignore[misc]
+        _weights_only_unpickler._get_user_allowed_globals = table
+        _weights_only_unpickler.UnpicklingError = error  # type: ignore[misc]
 
 
 def tensors_of(tree: Any) -> Iterator[torch.Tensor]:

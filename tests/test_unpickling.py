@@ -380,6 +380,32 @@ def test_threads_see_only_what_was_allowed_to_them() -> None:
     assert not [one for one in torch.serialization.get_safe_globals() if "Phase" in str(one)]
 
 
+def test_other_threads_loads_by_torch_see_nothing_of_it() -> None:
+    """What stock torch refuses it refuses also while a load of ours is at work, and numpy's arrays are numpy's."""
+    data, array, said = io.BytesIO(), io.BytesIO(), []
+    torch.save(Phase.COLD, data)
+    torch.save(np.arange(3), array)
+
+    def stock() -> None:
+        for stream in (data, array):
+            try:
+                said.append(torch.load(io.BytesIO(stream.getvalue()), weights_only=True))
+            except pickle.UnpicklingError as error:
+                said.append(type(error))
+
+    class Meanwhile(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            if not said:
+                thread = threading.Thread(target=stock)
+                thread.start()
+                thread.join()
+            return super().read(size)
+
+    assert load(Meanwhile(data.getvalue()), allowed([PHASE])) is Phase.COLD
+    assert len(said) == 2
+    assert all(isinstance(one, type) and issubclass(one, pickle.UnpicklingError) for one in said)
+
+
 def test_why_it_is_refused_is_said_without_the_advice_to_unpickle_everything(tmp_path: Path) -> None:
     where = tmp_path / "step-1"
     dcp.save({"train": {"day": np.datetime64("2026-01-01")}}, checkpoint_id=str(where))

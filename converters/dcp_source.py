@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tailor_dcp.base import open_base
 from tailor_dcp.catalog import Catalog
 from tailor_dcp.companions import files_of
 from tailor_dcp.contents import Contents
 from tailor_dcp.errors import ConversionError, DamagedSourceError
+from tailor_dcp.frames import has_frame
 from tailor_dcp.location import METADATA
 from tailor_dcp.metadata.compose import paths_of, shape_of, unstored
 from tailor_dcp.open_checkpoint import Checkpoint
 from tailor_dcp.raw_stretch import is_raw
 from tailor_dcp.tensors import Readable
 from tailor_dcp.unpickling import allowed
+from tailor_dcp.verifying.coverage import TooManyCornersError, miscovered
 
 from . import accelerate_folder
 from .chunked import Chunk, Chunked, in_place
@@ -122,19 +121,17 @@ Places = tuple[tuple[Path, int], ...]
 """The files and offsets that a tensor's chunks are stored at."""
 
 
-def _overlap(chunks: Sequence[ChunkStorageMetadata]) -> bool:
-    """Tell whether two chunks have an element in common."""
-    if len(chunks) < 2 or not len(chunks[0].sizes):
-        return len(chunks) > 1
-    starts = np.array([tuple(chunk.offsets) for chunk in chunks])
-    ends = starts + np.array([tuple(chunk.sizes) for chunk in chunks])
-    order = np.argsort(starts[:, 0], kind="stable")
-    starts, ends = starts[order], ends[order]
-    for number in range(len(chunks) - 1):
-        rest = slice(number + 1, int(np.searchsorted(starts[:, 0], ends[number, 0], side="left")))
-        if bool(np.all((starts[rest] < ends[number]) & (ends[rest] > starts[number]), axis=1).any()):
-            return True
-    return False
+def _check_parts(entry: TensorStorageMetadata, contents: Contents, key: str) -> None:
+    """Refuse a tensor whose chunks do not fill it, each element once."""
+    what = f"{contents.described(key)} in {contents.folder}"
+    try:
+        odd = miscovered(entry.size, [(chunk.offsets, chunk.sizes) for chunk in entry.chunks])
+    except TooManyCornersError:
+        raise DamagedSourceError(f"{what} is cut along more dimensions than any tensor is.") from None
+    if odd is not None and odd.times > 1:
+        raise DamagedSourceError(f"Parts of {what} lie over each other.")
+    if odd is not None:
+        raise DamagedSourceError(f"The parts of {what} do not add up to it.")
 
 
 def _tensor(contents: Contents, checkpoint: Checkpoint, key: str, known: dict[Places | str, Readable]) -> Readable:
@@ -144,10 +141,12 @@ def _tensor(contents: Contents, checkpoint: Checkpoint, key: str, known: dict[Pl
     """
     entry = contents.base.metadata.state_dict_metadata[key]
     assert isinstance(entry, TensorStorageMetadata)
-    if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != entry.size.numel():
-        raise DamagedSourceError(f"The parts of {contents.described(key)} in {contents.folder} do not add up to it.")
-    if _overlap(entry.chunks):
-        raise DamagedSourceError(f"Parts of {contents.described(key)} in {contents.folder} lie over each other.")
+    if not has_frame(entry.properties.dtype):
+        raise ConversionError(
+            f"{contents.described(key)} in {contents.folder} is of {entry.properties.dtype}, which is not read here; "
+            f"save plain tensors instead."
+        )
+    _check_parts(entry, contents, key)
     blobs = contents.base.blobs[key]
     plain = not any(info.transform_descriptors and not is_raw(info) for _, info in blobs)
     if plain and shape_of(entry).bytes > sum(info.length for _, info in blobs):  # metadata can claim any size

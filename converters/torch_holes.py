@@ -17,6 +17,7 @@ from torch.serialization import skip_data
 
 from tailor_dcp.errors import ConversionError
 from tailor_dcp.tensors import Given, Readable
+from tailor_dcp.unpickling import tensors_of
 
 from . import ranks
 from .filling import Stretch, whole
@@ -60,17 +61,31 @@ class Holes:
             allow: classes, as ``module.Class``, that the user trusts.
 
         Raises:
-            ConversionError: the file cannot be written.
+            ConversionError: the file cannot be written, or a tensor is of a kind for which there is no room to leave.
         """
+        _check(tree)
         ranks.together(lambda: _save(tree, path, stand_ins or {}) if ranks.rank() == 0 else None)
         saved = ranks.together(lambda: TorchFile(path, allow, stand_ins))
         found: dict[int, Stretch] = {}
-        for original, mapped in _pairs(tree, saved.tree):
+        for original, mapped in _pairs(tree, saved.tree, set()):
             offset = saved.offset(mapped)
-            if offset is not None and original.numel():
-                readable = self._readables.get(id(original)) or Given(original.contiguous())
-                found.setdefault(offset, whole(path, offset, readable))
+            if offset is None:
+                continue
+            readable = self._readables.get(id(original))
+            if readable is None:  # torch.save keeps its memory as a whole, whichever of it the elements are
+                offset -= int(original.storage_offset()) * original.itemsize
+                readable = Given(torch.empty(0, dtype=torch.uint8).set_(original.untyped_storage()))
+            found.setdefault(offset, whole(path, offset, readable))
         return list(found.values())
+
+
+def _check(tree: Any) -> None:
+    for tensor in tensors_of(tree):
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+            kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else f"{tensor.layout}"
+            raise ConversionError(
+                f"The source holds a {kind} tensor beside its weights, which cannot be converted; save plain tensors."
+            )
 
 
 def _save(tree: Any, path: Path, stand_ins: Mapping[str, type]) -> None:
@@ -82,16 +97,20 @@ def _save(tree: Any, path: Path, stand_ins: Mapping[str, type]) -> None:
         raise ConversionError(f"{path} cannot be written: {str(error).splitlines()[0]}.") from error
 
 
-def _pairs(tree: Any, twin: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the tensors of two containers of the same shape, two and two."""
+def _pairs(tree: Any, twin: Any, seen: set[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the tensors of two containers of the same shape, two and two, each container's once."""
     if isinstance(tree, torch.Tensor):
         yield tree, twin
-    elif isinstance(tree, Mapping):
+        return
+    if id(tree) in seen:  # a few lists that hold each other many times stand for more than can be walked through
+        return
+    seen.add(id(tree))
+    if isinstance(tree, Mapping):
         for key, value in tree.items():
-            yield from _pairs(value, twin[key])
+            yield from _pairs(value, twin[key], seen)
     elif isinstance(tree, list | tuple):
         for value, other in zip(tree, twin, strict=True):
-            yield from _pairs(value, other)
+            yield from _pairs(value, other, seen)
 
 
 def patch_checksums(path: Path, crcs: Mapping[int, int]) -> None:

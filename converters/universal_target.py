@@ -9,6 +9,7 @@ the first, is told only those that are the same in all: the others stay as its o
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -74,6 +75,10 @@ def write(catalog: Catalog, place: Path, final: Path, options: Options) -> Seque
 
 def is_name(text: str) -> bool:
     """Tell whether a text names something within a folder, and does not lead out of it."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:  # half of a character
+        return False
     return text not in ("", ".", "..") and not {"/", "\0"}.intersection(text)
 
 

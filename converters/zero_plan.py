@@ -191,6 +191,7 @@ def _roles(catalog: Catalog, zero: Mapping[str, Any]) -> tuple[list[list[str]], 
     if not buffers:
         buffers = {n for n, t in catalog.weights.items() if not t.dtype.is_floating_point or _is_buffer(n)} - frozen
     given = [list(group[PARAMS]) for group in catalog.groups] or [list(catalog.state) or list(catalog.stored)]
+    untrained = frozen | buffers
     seen: set[int] = set()
     trained: list[list[str]] = []
     for names in given:
@@ -202,7 +203,7 @@ def _roles(catalog: Catalog, zero: Mapping[str, Any]) -> tuple[list[list[str]], 
                     f"that holds the whole model."
                 )
             weight = catalog.weights[name]
-            if name in frozen | buffers or id(weight) in seen or not weight.count:
+            if name in untrained or id(weight) in seen or not weight.count:
                 continue
             seen.add(id(weight))
             trained[-1].append(name)
@@ -235,7 +236,8 @@ def _taken_for_frozen(catalog: Catalog, zero: Mapping[str, Any], frozen: Sequenc
 
 def _shared(catalog: Catalog, trained: Iterable[str], buffers: Iterable[str]) -> dict[str, str]:
     """Return the other names of tied parameters, and the trained one, or else the first, of each."""
-    names = [name for name in catalog.weights if name not in set(buffers)]
+    skipped = set(buffers)
+    names = [name for name in catalog.weights if name not in skipped]
     stored: dict[int, str] = {}
     for name in [*trained, *names]:
         stored.setdefault(id(catalog.weights[name]), name)

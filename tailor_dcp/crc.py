@@ -7,12 +7,12 @@ CRC of the whole blob follows from it by arithmetic, so checksums cost next to n
 from __future__ import annotations
 
 import io
-import struct
 from collections import defaultdict, deque
-from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
 from torch.serialization import get_crc32_options
+
+from tailor_dcp.zip_directory import entries
 
 try:  # several times as fast as zlib's; the extra `fast`
     from isal.isal_zlib import crc32
@@ -21,8 +21,6 @@ except ImportError:
 
 _POLYNOMIAL = 0xEDB88320
 _LARGE = 1 << 16  # below this, computing is cheaper than looking up
-_CENTRAL = struct.Struct("<4s12xLLLHHH12x")  # signature, CRC, sizes, lengths of name, extra, comment
-_SIGNATURE = b"PK\x01\x02"
 
 
 def _multiply(a: int, b: int) -> int:
@@ -145,21 +143,10 @@ def _known(pieces: list[_Piece]) -> dict[int, deque[int]]:
     known: defaultdict[int, deque[int]] = defaultdict(deque)
     sizes = [len(piece) for piece in pieces if isinstance(piece, memoryview)]
     if sizes:
-        for size, crc in _archived(b"".join(p for p in pieces if isinstance(p, bytes))):
-            known[size].append(crc)
+        for entry in entries(b"".join(p for p in pieces if isinstance(p, bytes))):
+            if _LARGE <= entry.size < 0xFFFFFFFF:
+                known[entry.size].append(entry.crc)
     for size in known:
         if sizes.count(size) != len(known[size]):  # a record in several pieces: no telling which is which
             known[size].clear()
     return known
-
-
-def _archived(framing: bytes) -> Iterator[tuple[int, int]]:
-    """Yield size and CRC of a zip archive's large records, from its central directory."""
-    at = framing.find(_SIGNATURE)
-    while 0 <= at <= len(framing) - _CENTRAL.size:
-        signature, crc, _, size, *lengths = _CENTRAL.unpack_from(framing, at)
-        if signature != _SIGNATURE:
-            return
-        if _LARGE <= size < 0xFFFFFFFF:
-            yield size, crc
-        at += _CENTRAL.size + sum(lengths)

@@ -8,8 +8,6 @@ there without unpickling anything.
 from __future__ import annotations
 
 import io
-import struct
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import IO, Any, NamedTuple, cast
 
@@ -17,10 +15,9 @@ import torch
 from torch.serialization import skip_data
 
 from tailor_dcp.crc import crc32
+from tailor_dcp.zip_directory import entries
 
 _DESCRIPTOR = b"PK\x07\x08"
-_CENTRAL = struct.Struct("<4s12xLLLHHH12x")  # signature, CRC, sizes, lengths of name, extra, comment
-_SIGNATURE = b"PK\x01\x02"
 _CRC_IN_CENTRAL = 16
 _LOCAL = b"PK\x03\x04"
 _RECORD = b"/data/0"
@@ -88,6 +85,16 @@ def _fill(after: bytearray, places: tuple[int, int], crc: int) -> None:
         after[place : place + 4] = crc.to_bytes(4, "little")
 
 
+@lru_cache
+def has_frame(dtype: torch.dtype) -> bool:
+    """Tell whether torch saves tensors of a dtype by their bytes: no quantized ones, none narrower than a byte."""
+    try:
+        outline((1,), dtype)
+    except (KeyError, RuntimeError):
+        return False
+    return True
+
+
 @lru_cache(maxsize=4096)
 def outline(shape: tuple[int, ...], dtype: torch.dtype, strides: tuple[int, ...] | None = None) -> Outline:
     """Return what ``torch.save`` writes around a tensor that has at least one element.
@@ -104,7 +111,7 @@ def outline(shape: tuple[int, ...], dtype: torch.dtype, strides: tuple[int, ...]
         torch.save(blank, cast(IO[bytes], sink))
     before, after = sink.parts()
     head = after.find(_ID)  # its first name is that of its own header
-    names = {name: place for place, name in _central(after)}
+    names = {entry.name: entry.place for entry in entries(after)}
     data = next((place for name, place in names.items() if name.endswith(_RECORD)), None)
     own = next((place for name, place in names.items() if name.endswith(_ID)), None)
     if data is None or own is None or not after.startswith(_DESCRIPTOR):
@@ -119,18 +126,6 @@ def outline(shape: tuple[int, ...], dtype: torch.dtype, strides: tuple[int, ...]
         digits,
         (digits.stop + len(_DESCRIPTOR), own + _CRC_IN_CENTRAL),
     )
-
-
-def _central(after: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield where the entries of an archive's directory begin, and their names."""
-    central = after.find(_SIGNATURE)
-    while central >= 0:
-        _, _, _, _, name, extra, comment = _CENTRAL.unpack_from(after, central)
-        start = central + _CENTRAL.size
-        yield central, after[start : start + name]
-        central = start + name + extra + comment
-        if after[central : central + 4] != _SIGNATURE:
-            return
 
 
 class _Sink(io.RawIOBase):

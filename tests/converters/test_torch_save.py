@@ -143,6 +143,50 @@ def test_what_no_contiguous_tensor_is_comes_through(tmp_path: Path) -> None:
         assert raw(back[name]) == raw(value)
 
 
+def test_tensors_beside_the_weights_keep_their_values_in_whatever_order_they_lie(tmp_path: Path) -> None:
+    """Transposed, expanded, a part of another, two of one memory, conjugated; the archive stays sound."""
+    base = torch.arange(12.0)
+    held = {
+        "transposed": base.view(4, 3).t(), "expanded": torch.arange(3.0).expand(500, 3), "part": base[5:9],
+        "conjugated": (torch.ones(3, dtype=torch.complex64) * 1j).conj(), "strided": torch.arange(2000.0)[::2],
+    }  # fmt: skip
+    dcp.save({"model": {"layers.0.w": torch.ones(2)}, "train": {"x": {"y": (held,)}}}, checkpoint_id=tmp_path / "dcp")
+    convert(tmp_path / "dcp", tmp_path / "a.pt", "torch")
+    convert(tmp_path / "a.pt", tmp_path / "b.pt", "torch")
+    for name in ("a.pt", "b.pt"):
+        (back,) = torch.load(tmp_path / name, weights_only=True)["train"]["x"]["y"]
+        for key, value in held.items():
+            assert torch.equal(back[key], value), (name, key)
+        assert zipfile.ZipFile(tmp_path / name).testzip() is None
+
+
+def test_lists_that_hold_each_other_many_times_are_walked_through_once(tmp_path: Path) -> None:
+    """Ten of them in each of sixty stand for 10 to the 60; torch.save writes them in a few bytes."""
+    shared: Any = torch.arange(3.0).expand(2, 3)
+    for _ in range(60):
+        shared = [shared] * 10
+    fill(Holes().save({"x": shared}, tmp_path / "a.pt"), lambda _: None)
+    back = torch.load(tmp_path / "a.pt", weights_only=True)["x"]
+    for _ in range(60):
+        assert len({id(one) for one in back}) == 1
+        back = back[0]
+    assert back.tolist() == [[0.0, 1.0, 2.0]] * 2
+
+
+@pytest.mark.parametrize("kind", ["sparse", "quantized", "nested"])
+def test_odd_tensors_beside_the_weights_are_refused(tmp_path: Path, kind: str) -> None:
+    made = {
+        "sparse": lambda: torch.eye(3).to_sparse(),
+        "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+        "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    }[kind]()
+    held = {"model": {"layers.0.w": torch.ones(2)}, "train": {"x": {"y": (made,)}}}
+    dcp.save(held, checkpoint_id=tmp_path / "dcp")
+    with pytest.raises(ConversionError, match=f"holds a .*{kind}.* tensor beside its weights"):
+        convert(tmp_path / "dcp", tmp_path / "a.pt", "torch")
+    assert not list(tmp_path.glob("*.pt"))
+
+
 def raw(tensor: torch.Tensor) -> list[int]:
     return tensor.contiguous().reshape(-1).view(torch.uint8).tolist()
 

@@ -214,7 +214,7 @@ def test_an_optimizer_that_is_not_adams(tmp_path: Path) -> None:
     assert any("not Adam's" in note for note in notes)
 
 
-@pytest.mark.parametrize(("name", "tag"), [("a/b", None), ("..", None), ("a", "../b"), ("a", "..")])
+@pytest.mark.parametrize(("name", "tag"), [("a/b", None), ("..", None), ("a.\ud800", None), ("a", "../b"), ("a", "..")])
 def test_names_that_lead_elsewhere_are_not_written(tmp_path: Path, name: str, tag: str | None) -> None:
     """Neither a parameter's nor the tag."""
     with pytest.raises(ConversionError, match="is no name"):

@@ -95,7 +95,7 @@ def _table(done: Converted) -> Table:
     table.add_row("format", done.source_format)
     table.add_row("holds", f"{done.weights} weights in {done.layers} layers, {done.states} optimizer states")
     for kind, count in done.kinds.items():
-        table.add_row(kind, size(count))
+        table.add_row(escape(kind), size(count))
     if done.train:
         table.add_row("train", escape(", ".join(done.train)))
     if done.files:

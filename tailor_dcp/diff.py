@@ -31,6 +31,10 @@ class NothingInCommonError(TailorError, ValueError):
     """Two checkpoints have no tensor of one name and shape."""
 
 
+class NoArithmeticError(TailorError, ValueError):
+    """Tensors are of a dtype that torch does not compute with."""
+
+
 @dataclass(frozen=True)
 class UnitDiff:
     """How far one unit moved.
@@ -133,6 +137,7 @@ def diff(
 
     Raises:
         NothingInCommonError: they have no tensor of one name and shape.
+        NoArithmeticError: they have tensors that torch does not compute with, such as four bits in a byte.
         TailorError: one of them is none, is damaged, or cannot be read.
     """
     one, other = (open_source(os.fspath(path), allow, as_catalog=True) for path in (a, b))
@@ -182,9 +187,15 @@ def _compare(a: Readable, b: Readable, sums: _Sums) -> Iterator[int]:
     for start in range(0, a.count, _PIECE):
         stop = min(start + _PIECE, a.count)
         one, other = a.read(start, stop), b.read(start, stop)
-        if one.dtype != other.dtype:
-            one, other = one.double(), other.double()
-        sums.add(one, other)
+        try:
+            if one.dtype != other.dtype:
+                one, other = one.double(), other.double()
+            sums.add(one, other)
+        except NotImplementedError as error:
+            kinds = " and ".join(dict.fromkeys((str(a.dtype), str(b.dtype))))
+            raise NoArithmeticError(
+                f"Tensors of {kinds} cannot be compared: torch does not compute with them."
+            ) from error
         yield stop - start
 
 

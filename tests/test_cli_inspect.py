@@ -9,6 +9,8 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
 from tailor_dcp.cli import main
 from tests.support.runs import L1, LAYERS, Run, due, metadata, named, record
@@ -39,6 +41,18 @@ def tailor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         return code, *capsys.readouterr()
 
     return call
+
+
+def test_names_are_no_markup(tmp_path: Path, tailor) -> None:
+    """Of layers and of the optimizer's states: whoever wrote a checkpoint chose them."""
+    for kind in ("[/]", "[red]x[/red]", "[/bold]"):
+        folder = tmp_path / kind.replace("/", "")
+        weights = {"layers.[/].w": torch.ones(2)}
+        dcp.save({"model": weights, "optim": {"state": {"layers.[/].w": {kind: torch.ones(2)}}}}, checkpoint_id=folder)
+        code, out, err = tailor("inspect", folder)
+        assert (code, err) == (0, "")
+        assert kind in out
+        assert "layers.[/]" in out
 
 
 def test_the_table_shows_layers_origins_and_files(run: Run, tailor) -> None:

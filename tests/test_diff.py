@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from tailor_dcp import diff, forget
 from tailor_dcp.cli import app
-from tailor_dcp.diff import NothingInCommonError
+from tailor_dcp.diff import NoArithmeticError, NothingInCommonError
 from tailor_dcp.errors import NoCheckpointError, TailorError
 from tests.support.runs import HEAD, L0, L1, LAYERS, Run, due
 
@@ -131,6 +131,9 @@ def test_refusals(run: Run, tmp_path: Path) -> None:
         diff(run.path(100), other)
     with pytest.raises(NoCheckpointError, match="is a run, not a checkpoint"):
         diff(run.folder, run.path(100))
+    bits = [torch.ones(4, dtype=torch.uint8).mul(value).view(torch.float4_e2m1fn_x2) for value in (1, 2)]
+    with pytest.raises(NoArithmeticError, match="float4_e2m1fn_x2 cannot be compared"):
+        diff(*(saved(tmp_path / f"bits-{n}", {"w": tensor}) for n, tensor in enumerate(bits)))
 
 
 def test_the_command(run: Run, tmp_path: Path) -> None:

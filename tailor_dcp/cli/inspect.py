@@ -58,7 +58,7 @@ def _cells(unit: UnitView, repeated: bool) -> list[str]:
         stale = f"{unit.stale_steps} steps"
     return [
         "" if repeated else escape(unit.layer),
-        unit.kind,
+        escape(unit.kind),
         size(unit.bytes),
         ", ".join(unit.dtypes),
         "?" if unit.origin_step is None else str(unit.origin_step),

@@ -11,11 +11,12 @@ from rich.markup import escape
 from rich.text import Text
 
 from tailor_dcp.amounts import percent, size
+from tailor_dcp.visible import visible
 
 __all__ = ["complain", "console", "percent", "print_json", "say", "size", "visible"]
 
-
 _LONGEST = 4000
+"""Characters of a sentence or a cell: a name from a file may be of any length."""
 
 
 def print_json(value: Any) -> None:
@@ -25,8 +26,8 @@ def print_json(value: Any) -> None:
 
 def console() -> Console:
     """Return where tables go. Not a terminal: wide enough that nothing is cut."""
-    plain = _Visible()
-    return plain if plain.is_terminal else _Visible(width=160)
+    plain = _Visible(emoji=False)  # a name may hold ":x:"
+    return plain if plain.is_terminal else _Visible(width=160, emoji=False)
 
 
 class _Visible(Console):
@@ -34,20 +35,16 @@ class _Visible(Console):
 
     def render_str(self, text: str, **how: Any) -> Text:
         """Make text of a string."""
-        return super().render_str(visible(text), **how)
-
-
-def visible(text: str, lines: bool = True) -> str:
-    r"""Return a text in which what is no character to be seen is written out, as ``\x1b``; new lines stay as asked."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or (lines and c == "\n") else c.encode("unicode_escape").decode() for c in text)
+        if len(text) <= _LONGEST:
+            return super().render_str(visible(text), **how)
+        # rich takes minutes to look for numbers and paths in a name of a hundred thousand dots.
+        made = super().render_str(visible(text), **{**how, "highlight": False})
+        return made if len(made) <= _LONGEST else made[: _LONGEST // 2] + " … " + made[-_LONGEST // 2 :]
 
 
 def complain(program: str, problem: object) -> None:
     """Print in one line what is wrong, to where errors go."""
     said = visible(str(problem), lines=False)
-    # A name from a file may be of any length.
     short = said if len(said) <= _LONGEST else f"{said[: _LONGEST // 2]} … {said[-_LONGEST // 2 :]}"
     typer.echo(f"{program}: {short}", err=True)
 

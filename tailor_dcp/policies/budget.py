@@ -64,7 +64,8 @@ class Budget(Policy):
         known = [info for info in request.units if info.age is not None]
         always = [info for info in known if self.first == "weights" and info.is_weight]
         left = budget - sum(info.cost for info in always)
-        rest = [info for info in known if info not in set(always)]
+        spent = set(always)
+        rest = [info for info in known if info not in spent]
         due = [*(info for info in request.units if info.age is None), *always]
         for info in self._must(rest, max(left, 0.0)):
             due.append(info)

@@ -15,8 +15,8 @@ Place = tuple[str | int, ...]
 """Keys and indexes from the top of a document to a value."""
 
 _LARGEST = 4 << 20
-_MOST_VALUES = 200_000
-"""Aliases make a small file stand for more values than memory holds."""
+_MOST_VALUES = 100_000
+"""PyYAML takes seconds for so many, and aliases make a small file stand for more than memory holds."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,35 @@ def load(path: Path) -> Document:
     Raises:
         RecipeError: it cannot be read, is no YAML, has a key twice, or is too large to be a recipe.
     """
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise RecipeError(f"{path} is no regular file; name a recipe's YAML file.")  # a pipe would be waited for
     try:
-        with path.open("rb") as stream:
-            raw = stream.read(_LARGEST + 1)
-        text = raw.decode()
-    except OSError as error:
-        raise RecipeError(f"{path} cannot be read: {error.strerror}; name a recipe's YAML file.") from error
+        text = read(path, _LARGEST, "recipe", "a recipe's YAML file").decode()
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 text, so it is no recipe.") from error
-    if len(raw) > _LARGEST:
-        raise RecipeError(f"{path} is larger than {_LARGEST >> 20} MiB, so it is no recipe.")
     return parse(text, str(path))
+
+
+def read(path: Path, largest: int, kind: str, wanted: str) -> bytes:
+    """Return all that a file holds.
+
+    Args:
+        path: the file.
+        largest: bytes that it may have.
+        kind: what it is, for sentences.
+        wanted: what to name instead, for sentences.
+
+    Raises:
+        RecipeError: it cannot be read, or is too large.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise RecipeError(f"{path} is no regular file; name {wanted}.")  # a pipe would be waited for
+    try:
+        with path.open("rb") as stream:
+            raw = stream.read(largest + 1)
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}; name {wanted}.") from error
+    if len(raw) > largest:
+        raise RecipeError(f"{path} is larger than {largest >> 20} MiB, so it is no {kind}.")
+    return raw
 
 
 def parse(text: str, name: str) -> Document:
@@ -82,7 +98,7 @@ def parse(text: str, name: str) -> Document:
         RecipeError: see ``load``.
     """
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text, name)
         node = loader.get_single_node()
         lines = _Lines(name)
         lines.walk(node, ())
@@ -98,6 +114,26 @@ def parse(text: str, name: str) -> Document:
     return Document(name, data, text, lines.found)
 
 
+class _Loader(yaml.SafeLoader):
+    """Stops where a file has more values than a recipe would."""
+
+    def __init__(self, text: str, name: str) -> None:
+        super().__init__(text)
+        self._document = name
+        self._count = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Make a node of what is read next."""
+        self._count += 1
+        if self._count > _MOST_VALUES:
+            raise _too_many(self._document)
+        return super().compose_node(parent, index)
+
+
+def _too_many(name: str) -> RecipeError:
+    return RecipeError(f"{name} stands for more than {_MOST_VALUES} values, so it is no recipe.")
+
+
 class _Lines:
     """Notes the line of each value of a tree of nodes."""
 
@@ -111,7 +147,7 @@ class _Lines:
             raise RecipeError(f"{self.name} is empty; write what the merge shall do, at least a base.")
         self._count += 1
         if self._count > _MOST_VALUES:
-            raise RecipeError(f"{self.name} stands for more than {_MOST_VALUES} values, so it is no recipe.")
+            raise _too_many(self.name)
         self.found[place] = node.start_mark.line + 1 if line is None else line
         if isinstance(node, yaml.MappingNode):
             self._walk_mapping(node, place)

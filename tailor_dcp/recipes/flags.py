@@ -22,6 +22,7 @@ import yaml
 from tailor_dcp.errors import TailorError
 from tailor_dcp.location import locate
 from tailor_dcp.merging.index import Index
+from tailor_dcp.recipes import documents
 from tailor_dcp.recipes.errors import RecipeError
 from tailor_dcp.recipes.native import Recipe, Take
 from tailor_dcp.recipes.numbering import Numbering, numbering_of
@@ -75,13 +76,7 @@ def read_flags(path: str | os.PathLike[str]) -> Flags:
     Raises:
         RecipeError: it cannot be read, or a line is none of a flag log, which is named.
     """
-    try:
-        with Path(path).open("rb") as stream:
-            raw = stream.read(LARGEST + 1)
-    except OSError as error:
-        raise RecipeError(f"{path} cannot be read: {error.strerror}; name a flag log, as logs/flags.jsonl.") from error
-    if len(raw) > LARGEST:
-        raise RecipeError(f"{path} is larger than {LARGEST >> 20} MiB, so it is no flag log.")
+    raw = documents.read(Path(path), LARGEST, "flag log", "a flag log, as logs/flags.jsonl")
     # Lines end with a newline alone: JSON may hold other separators that splitlines() knows.
     saves = [_save(line, f"{path}, line {n}", n) for n, line in enumerate(raw.split(b"\n"), 1) if line.strip()]
     if not saves:

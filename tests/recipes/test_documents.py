@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -99,14 +100,22 @@ def test_a_small_file_that_stands_for_a_large_one_is_refused() -> None:
     """Nine levels of nine aliases each are a billion values."""
     levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     levels += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
-    with pytest.raises(RecipeError, match="more than 200000 values"):
+    with pytest.raises(RecipeError, match="more than 100000 values"):
         parse("\n".join(levels), "bomb.yaml")
 
 
+def test_a_file_of_more_values_than_a_recipe_has_is_refused_before_all_are_made() -> None:
+    """What comes after them is not even looked at: it is no YAML."""
+    with pytest.raises(RecipeError, match="more than 100000 values"):
+        parse("[" + "x," * 100_000 + "}", "long.yaml")
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
     for path, content, said in (
         (tmp_path / "none.yaml", None, "cannot be read: No such file or directory"),
         (tmp_path, None, "cannot be read: Is a directory"),
+        (tmp_path / "pipe.yaml", None, "is no regular file"),
         (tmp_path / "weights.bin", b"\xff\xfe\x00", "is not UTF-8 text"),
         (tmp_path / "large.yaml", b"a: " + b"x" * (5 << 20), "is larger than 4 MiB"),
     ):

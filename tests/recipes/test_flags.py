@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -90,11 +91,14 @@ def test_a_line_that_is_none(tmp_path: Path, line: bytes, words: str) -> None:
 
 
 def test_files_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Missing, empty, a folder, too large."""
+    """Missing, empty, a folder, a pipe, too large."""
     with pytest.raises(RecipeError, match="cannot be read: No such file"):
         read_flags(tmp_path / "none")
     with pytest.raises(RecipeError, match="cannot be read: Is a directory"):
         read_flags(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(RecipeError, match="is no regular file; name a flag log"):
+        read_flags(tmp_path / "pipe")
     (tmp_path / "empty").write_text("\n\n")
     with pytest.raises(RecipeError, match="is empty"):
         read_flags(tmp_path / "empty")

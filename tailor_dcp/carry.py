@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -100,9 +100,14 @@ def remove(paths: set[str], folder: Path) -> None:
 
 def prune_empty(carried: Path) -> None:
     """Remove ``carried`` and its sub-folders where they are empty."""
-    for place_ in (*carried.glob("*"), carried):
+    for place_ in (*folders_in(carried), carried):
         with suppress(OSError):
             place_.rmdir()
+
+
+def folders_in(carried: Path) -> list[Path]:
+    """Return the sub-folders of ``carried``; what a symbolic link leads to is not the checkpoint's."""
+    return [] if carried.is_symlink() else [path for path in carried.glob("*") if not path.is_symlink()]
 
 
 class RemovedMeanwhileError(TailorError):
@@ -185,14 +190,7 @@ def _copy(path: Path, target: Location, source: Source) -> str:
             raise OSError(errno.EXDEV, "it is in another store")
         copy_object(path, new)
         return new.relative_to(target.folder).as_posix()  # type: ignore[no-any-return]
-    partial = new.with_name(f"{new.name}.partial")
-    try:
-        with path.open("rb") as old, partial.open("wb") as stream:
-            copy_range(old.fileno(), stream.fileno(), 0, os.fstat(old.fileno()).st_size)
-            os.fsync(stream.fileno())
-        partial.replace(new)
-    finally:
-        partial.unlink(missing_ok=True)
+    copy_file(path, new)
     return new.relative_to(target.folder).as_posix()
 
 
@@ -212,6 +210,8 @@ _MODES: dict[CarryMode, Callable[[Path, Location, Source], str]] = {
 
 def _carried_path(path: Path, target: Location, source: Source) -> Path:
     folder = target.folder / CARRIED / source.save_id
+    if folder.is_symlink() or folder.parent.is_symlink():
+        raise OSError(errno.EPERM, f"{folder} would be written through a symbolic link, which may lead anywhere")
     if not is_remote(folder):
         make_folder(target.folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -234,6 +234,36 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
         sync_folder(path.parent)
+
+
+def open_anew(path: Path) -> BinaryIO:
+    """Open a file to write it; what has its name goes before: a link would lead to somebody else's file.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    try:
+        return path.open("xb")
+    except FileExistsError:
+        path.unlink()
+        return path.open("xb")
+
+
+def copy_file(path: Path, new: Path) -> None:
+    """Copy a file, complete and flushed or not at all, as a clone where the file system can.
+
+    Raises:
+        OSError: the disk is full, or the like.
+    """
+    partial = new.with_name(f"{new.name}.partial")
+    try:
+        with path.open("rb") as old, open_anew(partial) as stream:
+            copy_range(old.fileno(), stream.fileno(), 0, os.fstat(old.fileno()).st_size)
+            os.fsync(stream.fileno())
+        partial.replace(new)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def sync_file(path: Path) -> None:

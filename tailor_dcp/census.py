@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,9 +13,11 @@ from pathlib import Path
 
 from tailor_dcp.carry import CARRIED
 from tailor_dcp.errors import NoCheckpointError, TailorError
-from tailor_dcp.location import DEEPEST_SERIES, METADATA, is_within, locate
+from tailor_dcp.location import METADATA, locate
 from tailor_dcp.metadata.record import CarryMode, Record, record_of
 from tailor_dcp.metadata.safe_pickle import read
+from tailor_dcp.permissions import can_list, can_write
+from tailor_dcp.runs import Commit
 
 STRIPPED = f"{METADATA}.pruned"
 """What ``.metadata`` is called once its folder is no checkpoint any more but holds files that others need."""
@@ -36,6 +38,7 @@ class Checkpoint:
     Attributes:
         folder: its path.
         time: when it was saved, as ``runs.commits`` has it.
+        told: whether its record says so.
         changed: when its ``.metadata`` was last written.
         files: the files that it needs, symbolic links and ``..`` resolved.
         carry: how its save made earlier files part of it; None if a stock planner saved it.
@@ -44,6 +47,7 @@ class Checkpoint:
 
     folder: Path
     time: float
+    told: bool
     changed: float
     files: frozenset[str]
     carry: CarryMode | None
@@ -76,9 +80,10 @@ class Entry:
         return self.folder.name
 
     @property
-    def time(self) -> float:
+    def commit(self) -> Commit:
         """When the last of its checkpoints was saved."""
-        return max(checkpoint.time for checkpoint in self.checkpoints)
+        time = max(checkpoint.time for checkpoint in self.checkpoints)
+        return Commit(self.folder, self.step or 0, time, all(checkpoint.told for checkpoint in self.checkpoints))
 
     @property
     def doomed(self) -> bool:
@@ -94,15 +99,35 @@ class Entry:
     @property
     def relinked(self) -> bool:
         """Whether files were carried into it after its commit: a save into it has begun, and written nothing yet."""
-        homes = {checkpoint.folder: checkpoint.changed for checkpoint in self.checkpoints}
-        carried = (folder for folder in self.folders if folder.parent.name == CARRIED)
-        return any(_changed(folder) > homes.get(folder.parent.parent, math.inf) for folder in carried)
+        return bool(self.younger)
+
+    @property
+    def younger(self) -> list[tuple[Path, Checkpoint]]:
+        """Its folders of carried files that are younger than the checkpoint which they are of."""
+        homes = {checkpoint.folder: checkpoint for checkpoint in self.checkpoints}
+        carried = [folder for folder in self.folders if folder.parent.name == CARRIED]
+        found = [(folder, homes[folder.parent.parent]) for folder in carried if folder.parent.parent in homes]
+        return [(folder, home) for folder, home in found if _changed(folder) > home.changed]
 
     @cached_property
     def real(self) -> dict[str, Path]:
         """Its files by what names them after every symbolic link is resolved."""
         root = os.path.realpath(self.folder)
         return {os.path.join(root, path.relative_to(self.folder)): path for path in self.files}  # noqa: PTH118
+
+    @property
+    def read_only(self) -> str | None:
+        """What keeps it from being removed; None if nothing is known to."""
+        if not can_write(self.folder.parent):
+            return "the run's folder is read-only"
+        if not can_write(self.folder):
+            return "its folder is read-only"
+        locked = next((folder for folder in self.folders if not can_write(folder)), None)
+        return None if locked is None else f"{locked.relative_to(self.folder).as_posix()} in it is read-only"
+
+    def among(self, files: frozenset[str]) -> set[Path]:
+        """Return those of its files that are among ``files``, which are named as ``real`` names them."""
+        return {path for real, path in self.real.items() if real in files}
 
     @property
     def data(self) -> list[Path]:
@@ -163,20 +188,10 @@ def census(run: Path) -> list[Entry]:
 
     Raises:
         TailorError: a ``.metadata`` in it cannot be read, so it may need anything.
+        OSError: a folder in it cannot be listed.
     """
-    folders = sorted(path for path in run.iterdir() if path.is_dir() and not path.is_symlink())
+    folders = sorted(path for path in run.iterdir() if _is_folder(path) and not _is_lost_and_found(path))
     return [_entry(folder, run) for folder in folders]
-
-
-def outside(run: Path) -> list[Checkpoint]:
-    """Return the checkpoints that symbolic links of a run lead to, out of it: they may refer to what is in it.
-
-    Raises:
-        TailorError: a ``.metadata`` in one cannot be read, so it may need anything.
-    """
-    links = [path for path in sorted(run.iterdir()) if path.is_symlink() and not is_within(path, run)]
-    patterns = ["*/" * depth + METADATA for depth in range(DEEPEST_SERIES + 1)]
-    return list(_committed(path for link in links for pattern in patterns for path in link.glob(pattern)))
 
 
 def aliases(run: Path) -> dict[str, list[str]]:
@@ -199,23 +214,36 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
     Raises:
         OSError: a folder cannot be listed, so a checkpoint in it would be overlooked that needs other files.
     """
-    for place, folders, names in os.walk(folder, onerror=_unless_gone):
+    for place, folders, names in os.walk(folder, onerror=unless_gone):
         here = Path(place)
         links = [name for name in folders if (here / name).is_symlink()]
         yield here, [here / name for name in sorted([*names, *links])]
 
 
-def _unless_gone(error: OSError) -> None:
-    # A shared file system's cache can say so of what is there.
+def unless_gone(error: OSError) -> None:
+    """Raise an error again that says that a file is not there, if it is: a shared file system's cache can say so."""
     if not isinstance(error, FileNotFoundError) or os.path.lexists(error.filename):
         raise error
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except FileNotFoundError as error:
+        unless_gone(error)
+        return False
+
+
+def _is_lost_and_found(folder: Path) -> bool:
+    """Tell whether a folder is what mkfs makes at the root of a disk, which the administrator alone can list."""
+    return folder.name == "lost+found" and not can_list(folder)
 
 
 def _entry(folder: Path, run: Path) -> Entry:
     found = list(walk(folder))
     files = [path for _, paths in found for path in paths]
     doomed = folder.name.startswith(DOOMED)  # it is no checkpoint any more, whatever is left in it
-    checkpoints = () if doomed else tuple(_committed(path for path in files if path.name == METADATA))
+    checkpoints = () if doomed else tuple(committed(path for path in files if path.name == METADATA))
     root = Path(os.path.abspath(run))  # noqa: PTH100 - as locate does
     # A job's number looks like a step's, yet the folder holds the job's run: it must not go as if it were one step.
     own = all(locate(place).run == root for place in (folder, *(checkpoint.folder for checkpoint in checkpoints)))
@@ -241,6 +269,7 @@ def _checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(
         folder=path.parent,
         time=record.time if record else changed,
+        told=record is not None,
         changed=changed,
         files=files | links,
         carry=record.carry if record else None,
@@ -257,10 +286,20 @@ def _told(record: Record | None) -> Iterator[str]:
             yield record.parent.save_id
 
 
-def _committed(paths: Iterable[Path]) -> Iterator[Checkpoint]:
+def committed(paths: Iterable[Path]) -> Iterator[Checkpoint]:
+    """Yield the checkpoints of ``.metadata`` files.
+
+    Raises:
+        TailorError: one cannot be read, so it may need anything.
+    """
     for path in paths:
-        with suppress(NoCheckpointError):  # stock writers remove the old one before they rename the new one
-            yield _checkpoint(path)
+        try:
+            found = _checkpoint(path)
+        except NoCheckpointError:  # stock writers remove the old one before they rename the new one
+            if not os.path.lexists(path):
+                continue
+            found = _checkpoint(path)  # what was taken for gone may need any file
+        yield found
 
 
 def _stripped(paths: Iterable[Path]) -> Iterator[Checkpoint]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tailor_dcp.census import Checkpoint, Entry, needed
 from tailor_dcp.leftovers import QUIET
 from tailor_dcp.location import METADATA, locate
+from tailor_dcp.permissions import can_restore
 from tailor_dcp.retention import Candidate, Rule, kept_by
+from tailor_dcp.runs import Commit, in_order
 
 Why = dict[Path, list[str]]
 
@@ -54,21 +56,31 @@ def choose(
     """
     run = _Run(entries, list(others))
     kept: defaultdict[Path, list[str]] = defaultdict(list)
-    candidates = [Candidate(e.name, e.step, e.time) for e in run.whole if e.step is not None]
+    candidates = [Candidate(e.name, e.step, e.commit.time) for e in run.whole if e.step is not None]
     by_name = {entry.name: entry for entry in run.whole}
     for name, why in kept_by(rules, candidates).items():
         kept[by_name[name].folder] += why
     sources = _for_saves(kept, run)
     for entry in entries:
-        for name in links.get(os.path.realpath(entry.folder), ()):
-            kept[entry.folder].append(f"{name} leads to it")
+        for leads in _leading(links, entry.folder):
+            kept[entry.folder].append(leads)
         if entry.step is None and entry.checkpoints:
             is_run = locate(entry.folder).step is not None
             kept[entry.folder].append("a run of its own" if is_run else "no step in its name")
     gone = _gone(kept, run, incomplete)
+    for entry in entries:
+        if entry.folder in gone and entry.folder not in kept and entry.read_only:
+            kept[entry.folder].append(f"{'; '.join(gone[entry.folder])}, but {entry.read_only}")
     gone = {folder: why for folder, why in gone.items() if folder not in kept}
     busy = frozenset(entry.folder for entry in run.busy)
     return Choice(dict(kept), gone, busy, sources, run.leftovers(set(kept), gone))
+
+
+def _leading(links: Mapping[str, list[str]], folder: Path) -> Iterator[str]:
+    real = os.path.realpath(folder)
+    for target, names in links.items():
+        if target == real or target.startswith(f"{real}{os.sep}"):
+            yield from (f"{name} leads {'to it' if target == real else 'to something in it'}" for name in names)
 
 
 class _Run:
@@ -87,8 +99,8 @@ class _Run:
         unsettled = [e for e in steps if e in self.broken or self.loose[e.folder] or e.relinked]
         self.busy = [e for e in unsettled if e.touched(self.loose[e.folder]) >= self.newest]
         self.halves = [e for e in entries if e not in self.broken and e.half_withdrawn]
-        whole = (e for e in self.committed if e not in self.broken and e not in self.halves)
-        self.whole = sorted(whole, key=lambda e: e.time)
+        whole = {e.folder: e for e in self.committed if e not in self.broken and e not in self.halves}
+        self.whole = [whole[commit.folder] for commit in in_order(e.commit for e in whole.values())]
 
     def _unexplained(self, entry: Entry) -> list[Path]:
         loose = entry.loose(self._named)
@@ -105,6 +117,7 @@ class _Run:
         for entry in self.entries:
             if entry.folder in kept and entry.checkpoints and entry not in self.broken:
                 left = entry.leftovers(entry.loose(in_use), self._named, self._save_ids)
+                left = [path for path in left if can_restore(path.parent)]
                 if left:
                     found[entry.folder] = left
         return found
@@ -127,14 +140,16 @@ def _unfinished(entry: Entry, loose: list[Path]) -> bool:
 
 def _for_saves(kept: Why, run: _Run) -> frozenset[Path]:
     """Keep what a save under way carries from, or writes into; return the former."""
-    newest: dict[str, tuple[float, Entry]] = {}
+    series: defaultdict[Path, list[Commit]] = defaultdict(list)
     for entry in run.committed:
-        for checkpoint in entry.checkpoints:
-            series = checkpoint.folder.relative_to(entry.folder).as_posix()
-            newest[series] = max(newest.get(series, (0.0, entry)), (checkpoint.time, entry), key=lambda item: item[0])
-    sources = {entry.folder for _, entry in newest.values()}
-    for folder in sources:
-        kept[folder].append("the newest: a save may be carrying from it")
+        for c in entry.checkpoints:
+            series[c.folder.relative_to(entry.folder)].append(Commit(entry.folder, entry.step or 0, c.time, c.told))
+    newest: dict[Path, str] = {}
+    for saved in series.values():
+        newest = {**_newest(saved), **newest}
+    for folder, which in newest.items():
+        kept[folder].append(f"{which}: a save may be carrying from it")
+    sources = set(newest)
     for entry in run.busy:
         if entry in run.whole:
             kept[entry.folder].append("a save may be writing into it again")
@@ -144,6 +159,16 @@ def _for_saves(kept: Why, run: _Run) -> frozenset[Path]:
             kept[base.folder].append(f"the save into {entry.name} may be carrying from it")
             sources.add(base.folder)
     return frozenset(sources)
+
+
+def _newest(saved: list[Commit]) -> dict[Path, str]:
+    """Return the folders of one series of which each may be the newest, and which it is."""
+    last = {in_order(saved)[-1].folder: "the newest"}
+    if all(one.told for one in saved):
+        return last
+    youngest, highest = max(saved, key=lambda one: one.time), max(saved, key=lambda one: one.step)
+    unsure = {youngest.folder: "the one with the youngest file", highest.folder: "the one of the highest step"}
+    return {**unsure, **last}
 
 
 def _before(whole: Iterable[Entry], entry: Entry) -> list[Entry]:

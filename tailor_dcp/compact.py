@@ -11,12 +11,12 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tailor_dcp.carry import sync_folder
-from tailor_dcp.census import Checkpoint, walk
+from tailor_dcp.census import Checkpoint, census, walk
 from tailor_dcp.compact_plan import Move, Plan, read_plan, write_plan
 from tailor_dcp.dead_bytes import DATA_FILE, DataFile
 from tailor_dcp.errors import TailorError
@@ -24,6 +24,7 @@ from tailor_dcp.leftovers import COMPACTION
 from tailor_dcp.location import METADATA, locate
 from tailor_dcp.locks import Lock
 from tailor_dcp.metadata.safe_pickle import read
+from tailor_dcp.permissions import can_restore, can_write
 from tailor_dcp.ranges import copy_range
 from tailor_dcp.repointing import in_run, repoint, unchanged
 from tailor_dcp.staging import batches
@@ -50,7 +51,49 @@ def alone(run: Path) -> Iterator[None]:
         lock.release()
 
 
-def finish(run: Path, users: Sequence[Checkpoint], may_be_referred_to: Collection[Path]) -> bool:
+def settle(run: Path) -> None:
+    """Undo what makes a compaction that was cut off look like a save that carries files into a checkpoint.
+
+    It was at work in one folder of carried files, which is younger now than its checkpoint although nothing is in it
+    but what that names, or will.
+    """
+    plan = None if (run / COMPACTION).is_symlink() else read_plan(run / COMPACTION)
+    if plan is None:
+        return
+    new = {move.new for move in plan.moves}
+    young = [pair for entry in census(run) for pair in entry.younger]
+    for folder, home in young if len(young) == 1 else ():
+        names = {path.name for path in folder.iterdir()}
+        named = {Path(file).name for file in home.files if Path(file).parent.name == folder.name}
+        if names & new and names <= {*new, *named} and can_restore(folder):
+            written = (home.folder / METADATA).stat().st_mtime_ns
+            os.utime(folder, ns=(written, written))
+
+
+def waits(run: Path, users: Sequence[Checkpoint], may_be_referred_to: Set[Path]) -> str | None:
+    """Return why a compaction that was cut off cannot be finished now, None if it can or there is none.
+
+    Args:
+        run: the run's folder.
+        users: all checkpoints of the run.
+        may_be_referred_to: the checkpoints whose files a save under way may refer to by their names.
+    """
+    stage = run / COMPACTION
+    if stage.is_symlink() or not stage.exists():
+        return None
+    if not can_write(stage):
+        return "it is another user's, who alone can finish it"
+    plan = read_plan(stage)
+    old = {name for move in plan.moves for name in move.old if in_run(run / name, run) == name} if plan else set()
+    concerned = [user.folder for user in users if old & _names(user, run)]
+    if not may_be_referred_to.isdisjoint(concerned):
+        return "a save under way may refer to its files (--idle says that none is)"
+    folders = {*concerned, *((run / name).parent for name in old)}
+    locked = next((folder for folder in sorted(folders) if folder.exists() and not can_restore(folder)), None)
+    return None if locked is None else f"{locked} is read-only, or another user's, who alone can finish it"
+
+
+def finish(run: Path, users: Sequence[Checkpoint], may_be_referred_to: Set[Path]) -> bool:
     """Go on with a compaction that was cut off, or remove what it had not finished writing.
 
     Args:
@@ -64,12 +107,11 @@ def finish(run: Path, users: Sequence[Checkpoint], may_be_referred_to: Collectio
     stage = run / COMPACTION
     if stage.is_symlink():  # none that was made here
         stage.unlink()
+    if waits(run, users, may_be_referred_to) is not None:
+        return False
     plan = read_plan(stage)
     if plan is not None:
         plan = Plan(moves=tuple(move for move in plan.moves if _is_sound(move, run, stage)))
-        held = {name for user in users if user.folder in may_be_referred_to for name in _names(user, run)}
-        if any(name in held for move in plan.moves for name in move.old):
-            return False
         _apply(run, plan, users)
     shutil.rmtree(stage, ignore_errors=True)
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +15,11 @@ from tailor_dcp.errors import DamagedSourceError, LoadError
 from tailor_dcp.file_marks import mark_of
 from tailor_dcp.inspection import unit_records
 from tailor_dcp.layers import Entry, LayerMap
-from tailor_dcp.location import is_within, real
+from tailor_dcp.location import is_in_run, is_within, real
 from tailor_dcp.metadata.compose import paths_of, shape_of
 from tailor_dcp.metadata.record import UnitRecord
-from tailor_dcp.stores import is_remote, sizes
+from tailor_dcp.store_path import reason
+from tailor_dcp.stores import is_remote, stats
 from tailor_dcp.units import Unit
 
 
@@ -92,7 +94,8 @@ class Contents:
             path, run = self.base.path(name), self.base.location.run
             # A web server takes ``%2e%2e`` for ``..``.
             coded = is_remote(path) and "%" in name
-            if not is_within(path, run) or (coded and not is_within(unquote(str(path)), unquote(str(run)))):
+            elsewhere = coded and not is_within(unquote(str(path)), unquote(str(run)))
+            if elsewhere or not is_in_run(path, self.base.location):
                 raise LoadError(
                     f"{self.folder} refers to the file {name}, which lies outside of its run {run}, so it was not "
                     f"opened; use a checkpoint whose files lie inside of the run."
@@ -107,7 +110,8 @@ class Contents:
             blobs: what will be read: the key and its place.
 
         Raises:
-            LoadError: naming the first file that is missing, too short or changed, and what it holds.
+            LoadError: naming the first file that is missing, cannot be reached, is too short or has changed, and what
+                it holds.
         """
         ends: dict[str, tuple[int, str, _StorageInfo]] = {}
         for key, info in blobs:
@@ -116,15 +120,20 @@ class Contents:
             end = info.offset + info.length
             if end > ends.get(info.relative_path, (-1, "", info))[0]:
                 ends[info.relative_path] = (end, key, info)
-        found = sizes([self.file(info) for _, _, info in ends.values()])
-        for (end, key, info), size in zip(ends.values(), found, strict=True):
-            self._check_file(self.file(info), size, end, key)
+        found = stats([self.file(info) for _, _, info in ends.values()])
+        for (end, key, info), status in zip(ends.values(), found, strict=True):
+            self._check_file(self.file(info), status, end, key)
             self._check_mark(info, key)
 
-    def _check_file(self, path: Path, size: int | None, end: int, key: str) -> None:
-        if size is not None and size >= end:
+    def _check_file(self, path: Path, status: os.stat_result | OSError | None, end: int, key: str) -> None:
+        if isinstance(status, OSError):
+            raise LoadError(
+                f"{path} cannot be reached ({reason(status)}), but holds {self.described(key)} for {self.folder}; see "
+                f"to it, and load again."
+            )
+        if status is not None and status.st_size >= end:
             return
-        state = "is missing" if size is None else f"has {size} bytes where at least {end} are needed"
+        state = "is missing" if status is None else f"has {status.st_size} bytes where at least {end} are needed"
         raise LoadError(
             f"{path} {state}, but holds {self.described(key)} for {self.folder}; restore the file, or take that layer "
             f"from another step with LayerwiseLoadPlanner(steps=...)."

@@ -13,7 +13,7 @@ from pathlib import Path
 from tailor_dcp.carry import make_folder
 from tailor_dcp.errors import TailorError
 from tailor_dcp.location import METADATA, is_within
-from tailor_dcp.ranges import Advance, copy_range, pieces
+from tailor_dcp.ranges import Advance, copy_sparsely, pieces
 
 PARTIAL = ".copying"
 """What a file's name ends with while it is being copied."""
@@ -111,7 +111,7 @@ class CopyJob:
 
     def _copy(self, item: Item, partial: Path) -> None:
         with item.path.open("rb") as old, partial.open("wb") as new:
-            copy_range(old.fileno(), new.fileno(), 0, item.size, self.advance)
+            copy_sparsely(old.fileno(), new.fileno(), item.size, self.advance)
             now = os.fstat(old.fileno())
             if item.path.name == METADATA and (now.st_ino, now.st_mtime_ns) != (item.inode[1], item.status.st_mtime_ns):
                 raise CopyRefusedError(f"{item.path.parent} was saved again meanwhile; copy once more.")

@@ -6,13 +6,12 @@ import os
 import stat
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tailor_dcp.carry import make_folder, sync_folder
-from tailor_dcp.census import DOOMED, walk
+from tailor_dcp.census import DOOMED, unless_gone, walk
 from tailor_dcp.copy_job import PARTIAL, CopyJob, CopyRefusedError, Item
 from tailor_dcp.errors import NoCheckpointError, TailorError, TailorWarning
 from tailor_dcp.location import METADATA, is_within
@@ -85,8 +84,12 @@ def copy(
             return Copied(str(source), str(target), **asdict(transfer(source, target, verify, progress)))
         except OSError as error:
             raise _cannot(error, source) from error
-    items = _items(source)
+    try:
+        items = _items(source)
+    except OSError as error:
+        raise _cannot(error, source) from error
     _check_references(items, source)
+    items = [item for item in items if item.is_link or stat.S_ISREG(item.status.st_mode)]  # a pipe would be waited for
     job = CopyJob(source, target, verify, _advance(items, progress))
     _check_destination(items, job)
     try:
@@ -140,10 +143,12 @@ def _items(source: Path) -> list[Item]:
     for path in _files(source):
         if path.name == METADATA or path.name.endswith((PARTIAL, f"{METADATA}.tmp")):
             continue
-        with suppress(FileNotFoundError):  # the temporary file of a save under way
+        try:
             status = path.lstat()
-            if stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode):
-                items.append(Item(path, status))
+        except FileNotFoundError as error:  # the temporary file of a save under way
+            unless_gone(error)
+            continue
+        items.append(Item(path, status))
     return items + sorted(committed, key=lambda item: item.status.st_mtime_ns)
 
 

@@ -18,6 +18,7 @@ from tailor_dcp.location import METADATA
 from tailor_dcp.metadata.digest import digest
 from tailor_dcp.metadata.record import ATTRIBUTE, DIGEST, record_of
 from tailor_dcp.metadata.safe_pickle import read
+from tailor_dcp.permissions import can_restore
 from tailor_dcp.raw_stretch import is_raw
 from tailor_dcp.repointing import in_run
 
@@ -108,7 +109,7 @@ def survey(run: Path, users: Iterable[Checkpoint]) -> dict[Inode, DataFile]:
         metadata = read(user.folder / METADATA)
         record = record_of(metadata, str(user.folder / METADATA))
         marks = record.marks if record else {}
-        changed = _is_changed(metadata)
+        changed, locked = _is_changed(metadata), not can_restore(user.folder)
         found: dict[str, DataFile | None] = {}
         for info in metadata.storage_data.values():
             name = info.relative_path
@@ -121,6 +122,8 @@ def survey(run: Path, users: Iterable[Checkpoint]) -> dict[Inode, DataFile]:
             file.live.add((info.offset, info.length))
             if is_raw(info) or name in marks:
                 file.odd = "another program wrote it"
+            if locked:
+                file.odd = _locked(user.folder)
             if changed:  # written anew it would be signed anew
                 file.odd = f"{user.folder / METADATA} has changed since it was written: run `tailor verify`"
     return files
@@ -136,6 +139,8 @@ def _find(run: Path, folder: Path, name: str, files: dict[Inode, DataFile]) -> D
     try:
         status = path.lstat()
     except OSError:
+        if os.path.lexists(path):  # what it is needed for would be overlooked
+            raise
         return None  # nothing can be freed of what is not there
     file = files.setdefault((status.st_dev, status.st_ino), DataFile(status))
     inside = in_run(path, run)
@@ -147,7 +152,13 @@ def _find(run: Path, folder: Path, name: str, files: dict[Inode, DataFile]) -> D
         file.odd = "it lies outside of the run"
     elif not DATA_FILE.fullmatch(path.name):
         file.odd = "its name is none that a save gives"
+    elif not can_restore(path.parent):
+        file.odd = _locked(path.parent)
     return file
+
+
+def _locked(folder: Path) -> str:
+    return f"{folder} is read-only, or another user's, who alone can have its files rewritten"
 
 
 def rewrites(

@@ -25,6 +25,10 @@ class UnreadableMetadataError(TailorError):
     """A ``.metadata`` file is damaged, hostile, or not a DCP checkpoint's."""
 
 
+class NewerFormatError(UnreadableMetadataError):
+    """A checkpoint was saved by a later version, whose record this one cannot read; it need not be damaged."""
+
+
 class SaveRefusedError(TailorError):
     """This way of saving would write a wrong selection, so it is refused before a byte is written."""
 

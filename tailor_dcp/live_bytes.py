@@ -13,7 +13,7 @@ from tailor_dcp.blob_copier import DamagedCheckpointError, Source, unreadable
 from tailor_dcp.errors import UnreadableMetadataError
 from tailor_dcp.frames import frame
 from tailor_dcp.layout import Blob, Stretch
-from tailor_dcp.location import METADATA, is_within
+from tailor_dcp.location import METADATA, is_in_run
 from tailor_dcp.metadata.compose import chunk_shape, unstored
 from tailor_dcp.ranges import ends
 from tailor_dcp.raw_stretch import bytes_of, is_raw
@@ -41,7 +41,7 @@ def live_blobs(base: Base) -> list[Blob]:
         raise UnreadableMetadataError(f"{source} does not tell where {missing[0]} is stored; nothing was copied.")
     infos = [info for blobs in base.blobs.values() for _, info in blobs]
     for name in dict.fromkeys(info.relative_path for info in infos):
-        if name not in base.files and not is_within(base.path(name), base.location.run):
+        if name not in base.files and not is_in_run(base.path(name), base.location):
             raise UnreadableMetadataError(
                 f"{source} names {name}, which lies outside of the run {base.location.run}; nothing was copied."
             )

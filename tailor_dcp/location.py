@@ -13,6 +13,8 @@ __all__ = [
     "DEEPEST_SERIES",
     "METADATA",
     "Location",
+    "is_in_run",
+    "is_step",
     "is_url",
     "is_within",
     "locate",
@@ -73,6 +75,11 @@ def locate(checkpoint_id: str | os.PathLike[str]) -> Location:
     return Location(folder, _run(folder), None, "")
 
 
+def is_step(name: str) -> bool:
+    """Tell whether a folder's name is that of a step."""
+    return _STEP_NAME.fullmatch(name) is not None
+
+
 def _run(step: Path) -> Path:
     """Return the folder that a step's is in. A bucket that is a checkpoint is a run of its own."""
     return step if isinstance(step, StorePath) and step.is_bucket else step.parent
@@ -98,3 +105,8 @@ def same_folder(a: Path, b: Path) -> bool:
 def is_within(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> bool:
     """Tell whether ``path`` lies inside ``root`` once every ``..`` and symbolic link is resolved."""
     return real(path).is_relative_to(real(root))
+
+
+def is_in_run(path: str | os.PathLike[str], here: Location) -> bool:
+    """Tell whether a file lies in a checkpoint's run; where its folder is a link, also in the run that it leads to."""
+    return is_within(path, here.run) or is_within(path, locate(real(here.folder)).run)

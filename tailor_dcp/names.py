@@ -11,7 +11,8 @@ from functools import lru_cache
 from tailor_dcp.errors import TailorError
 
 _MOST = 10_000
-_BRACES = re.compile(r"\{([^{}]*)\}")
+_BRACES = re.compile(r"(?<!\[)\{([^{}]*)\}(?!\])")
+_SIGNS = re.compile(r"[*?\[{}]")
 
 
 @lru_cache(maxsize=1024)
@@ -41,6 +42,11 @@ def _opened(glob: str) -> list[str]:
 def matches(name: str, pattern: str) -> bool:
     """Tell whether a layer's name is meant by a glob; ``{8,9}`` gives alternatives."""
     return any(fnmatchcase(name, glob) for glob in alternatives(pattern))
+
+
+def literal(name: str) -> str:
+    """Return the glob that means one name alone, whatever signs are in it: ``[*]`` is a star."""
+    return _SIGNS.sub(lambda sign: f"[{sign[0]}]", name)
 
 
 def below(name: str, prefix: str) -> bool:

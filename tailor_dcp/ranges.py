@@ -69,6 +69,42 @@ def copy_range(source: int, target: int, offset: int, length: int, advance: Adva
         advance(len(piece))
 
 
+def copy_sparsely(source: int, target: int, size: int, advance: Advance = _silently) -> None:
+    """Give an empty file a number of another's first bytes, and holes where that has holes.
+
+    A file of a few bytes can say that it has a terabyte, nearly all of it on no block of the disk.
+
+    Raises:
+        SourceError: it cannot be read, or the file ends before.
+    """
+    done = 0
+    for start, stop in _extents(source, size):
+        advance(start - done)
+        os.lseek(target, start, os.SEEK_SET)
+        copy_range(source, target, start, stop - start, advance)
+        done = stop
+    if os.fstat(source).st_size < size:
+        raise ends(os.fstat(source).st_size, size)
+    advance(size - done)
+    os.truncate(target, size)
+
+
+def _extents(source: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield where a file has bytes; all of it where the file system does not tell holes."""
+    at = 0
+    while at < size:
+        try:
+            start = os.lseek(source, at, os.SEEK_DATA)
+            stop = os.lseek(source, start, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # which says that nothing but a hole comes after
+                yield at, size
+            return
+        if start < size:
+            yield start, min(stop, size)
+        at = stop
+
+
 def in_kernel(source: int, target: int, offset: int, length: int, advance: Advance = _silently) -> int:
     """Append as much of a stretch as the kernel copies by itself, on a file server without the bytes coming here.
 

@@ -18,6 +18,12 @@ def condemned(entry: Entry, spared: set[Path]) -> list[Path]:
     return [path for path in entry.data if path not in spared] if spared else list(entry.files)
 
 
+def overwritten(entry: Entry, spared: set[Path]) -> list[Path]:
+    """Return the lists of an earlier prune that ``withdraw`` writes over, where ``condemned`` does not count them."""
+    lists = (checkpoint.folder / STRIPPED for checkpoint in entry.checkpoints)
+    return [path for path in lists if path in entry.files] if spared else []
+
+
 def withdraw(entry: Entry) -> None:
     """Make a folder no checkpoint any more and touch nothing else.
 
@@ -40,7 +46,9 @@ def remove(entry: Entry) -> None:
     doomed = entry.folder
     if not entry.doomed:
         doomed = entry.folder.with_name(f"{DOOMED}{entry.name}")
-        if doomed.exists():  # an earlier removal of a folder of this name was cut off
+        if doomed.is_symlink():  # no removal of ours
+            doomed.unlink()
+        elif doomed.exists():  # an earlier removal of a folder of this name was cut off
             _empty(doomed)
         entry.folder.rename(doomed)
         sync_folder(doomed.parent)

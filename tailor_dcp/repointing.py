@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from tailor_dcp.carry import sync_folder
+from tailor_dcp.carry import copy_file, sync_folder
 from tailor_dcp.commit import commit
 from tailor_dcp.compact_plan import Move, Plan
 from tailor_dcp.location import METADATA
 from tailor_dcp.locks import alone_in
-from tailor_dcp.metadata.record import ATTRIBUTE, Sums, packed
+from tailor_dcp.metadata.digest import digest
+from tailor_dcp.metadata.record import ATTRIBUTE, DIGEST, Sums, packed
 from tailor_dcp.metadata.safe_pickle import read
-from tailor_dcp.ranges import copy_range
+
+_GROWING = f"{METADATA}.partial"
+"""Not what a save calls its own, from which prune tells that one is under way."""
 
 
 def repoint(folder: Path, run: Path, stage: Path, plan: Plan) -> None:
@@ -40,9 +43,10 @@ def repoint(folder: Path, run: Path, stage: Path, plan: Plan) -> None:
             return
         for name, move in moves.items():
             _put(stage / move.new, folder / _renamed(name, move))
+        signed = _is_intact(metadata)
         _point(metadata, moves)
         with unchanged(folder):
-            commit(metadata, folder, written)
+            commit(metadata, folder, written, _GROWING, signed)
 
 
 def in_run(path: Path, run: Path) -> str | None:
@@ -83,22 +87,15 @@ def _put(new: Path, target: Path) -> None:
         except FileExistsError:  # several checkpoints refer to one file, or an earlier call was killed
             if os.path.samestat(target.lstat(), new.lstat()):
                 return
-            _copy(new, target)
+            copy_file(new, target)
         except OSError:  # here are no links, so there is one name only
-            _copy(new, target)
+            copy_file(new, target)
 
 
-def _copy(new: Path, target: Path) -> None:
-    partial = target.with_name(f"{target.name}.partial")
-    try:
-        with new.open("rb") as source, partial.open("wb") as copied:
-            size = os.fstat(source.fileno()).st_size
-            copy_range(source.fileno(), copied.fileno(), 0, size)
-            os.fsync(copied.fileno())
-        partial.replace(target)
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+def _is_intact(metadata: Metadata) -> bool:
+    """Tell whether metadata is known to be what was written: else nothing may say so of it from now on."""
+    told = getattr(metadata, ATTRIBUTE, {}).get(DIGEST)
+    return told is not None and digest(metadata) == told
 
 
 def _point(metadata: Metadata, moves: Mapping[str, Move]) -> None:
@@ -116,7 +113,8 @@ def _point(metadata: Metadata, moves: Mapping[str, Move]) -> None:
                 crcs[_renamed(name, move)] = _moved(crcs.pop(name), move)
 
 
-def _moved(blobs: bytes | dict[int, int], move: Move) -> bytes:
-    """Return the checksums of the blobs that have moved, by their new places."""
+def _moved(blobs: bytes | dict[int, int], move: Move) -> bytes | dict[int, int]:
+    """Return the checksums of the blobs that have moved, by their new places, in the form that they had."""
     known = Sums(blobs) if isinstance(blobs, bytes) else blobs
-    return packed({at: known[offset] for (offset, _), at in move.places.items() if offset in known})
+    moved = {at: known[offset] for (offset, _), at in move.places.items() if offset in known}
+    return packed(moved) if isinstance(blobs, bytes) else moved

@@ -130,7 +130,7 @@ class Within:
 
 @dataclass(frozen=True)
 class Best:
-    """Keeps those of the best values of a metric; of equal ones, what was saved later.
+    """Keeps those of the best values of a metric; of equal ones, what was saved later. What may have none yet, too.
 
     Attributes:
         count: how many.
@@ -150,7 +150,7 @@ class Best:
             raise PruneRefusedError(f"mode={self.mode!r} is unknown; min keeps the lowest values, max the highest.")
 
     def keep(self, saved: Sequence[Candidate]) -> Mapping[str, str]:
-        """Return the best.
+        """Return the best, and what lies beyond the last step that was evaluated: one of these may be better.
 
         Raises:
             PruneRefusedError: no checkpoint has a value: the metrics are another run's.
@@ -163,7 +163,10 @@ class Best:
                 f"give the metrics of this run."
             )
         best = sorted(known, key=lambda one: sign * self.values[one.step])[: self.count]
-        return {one.name: self._why(place, one) for place, one in enumerate(best, 1)}
+        last = max(self.values, default=0)
+        why = f"not evaluated yet: {self.metric} ends at step {last}"
+        waiting = {one.name: why for one in saved if one.step > last}
+        return waiting | {one.name: self._why(place, one) for place, one in enumerate(best, 1)}
 
     def _why(self, place: int, one: Candidate) -> str:
         rank = "the best" if self.count == 1 else f"number {place} of the best {self.count}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,19 +24,39 @@ class Commit:
         folder: its path.
         step: its training step.
         time: when it was saved, seconds since the epoch.
+        told: whether its record says so. A stock planner leaves none; the time is that of its file then, which
+            copying changes.
     """
 
     folder: Path
     step: int
     time: float
+    told: bool = True
+
+
+def in_order(saved: Iterable[Commit]) -> list[Commit]:
+    """Return checkpoints in the order in which they were saved.
+
+    It comes from the records, which copying a run does not change. What has none is placed by its step, behind the
+    last one with a lower step that was not saved after its file was written: copying makes that time later, never
+    earlier.
+    """
+    found = list(saved)
+    told = [one for one in found if one.told]
+
+    def place_of(one: Commit) -> tuple[float, bool, int, float]:
+        if one.told:
+            return one.time, False, 0, 0.0
+        before = (other.time for other in told if other.step < one.step and other.time <= one.time)
+        return max(before, default=-math.inf), True, one.step, one.time
+
+    return sorted(found, key=place_of)
 
 
 def commits(run: str | os.PathLike[str], series: str = "") -> list[Commit]:
-    """Return the committed checkpoints of a run in the order in which they were saved.
+    """Return the committed checkpoints of a run in the order in which they were saved (see ``in_order``).
 
-    The order comes from the records, which copying a run does not change; for checkpoints of
-    stock planners, which have none, from the time of their ``.metadata``. One that cannot be
-    read is left out, with a warning.
+    One that cannot be read is left out, with a warning.
     """
     found = []
     for path in place(run).glob(f"*/{series}/{METADATA}" if series else f"*/{METADATA}"):
@@ -42,8 +64,8 @@ def commits(run: str | os.PathLike[str], series: str = "") -> list[Commit]:
         if here.step is not None and here.series == series:
             time = _time(path)
             if time is not None:
-                found.append(Commit(path.parent, here.step, time))
-    return sorted(found, key=lambda commit: commit.time)
+                found.append(Commit(path.parent, here.step, *time))
+    return in_order(found)
 
 
 def latest(run: str | os.PathLike[str], before: int | None = None, series: str = "") -> Path | None:
@@ -51,7 +73,8 @@ def latest(run: str | os.PathLike[str], before: int | None = None, series: str =
 
     Newest is what was saved last, not what has the highest number: after a run went back to
     step 100, the abandoned step 200 is older than the new step 150. Where the two disagree a
-    warning says so.
+    warning says so, and also where that is not known: a stock planner notes no time, and those of
+    files are the order of copying as well as they are that of saving.
 
     Args:
         run: the run's folder, or its URL; it need not exist yet.
@@ -62,6 +85,14 @@ def latest(run: str | os.PathLike[str], before: int | None = None, series: str =
     if not eligible:
         return None
     newest, highest = eligible[-1], max(eligible, key=lambda commit: commit.step)
+    youngest = max(eligible, key=lambda commit: commit.time)
+    if not youngest.told and youngest.time > newest.time:
+        warnings.warn(
+            f"{newest.folder} is taken for the newest checkpoint by its step; {youngest.folder} has the younger file, "
+            f"but no record that tells when it was saved: the run was copied, or went back.",
+            TailorWarning,
+            stacklevel=2,
+        )
     if highest.step > newest.step:
         warnings.warn(
             f"{newest.folder} was saved after {highest.folder}, which has the higher number: the run went back, "
@@ -72,10 +103,11 @@ def latest(run: str | os.PathLike[str], before: int | None = None, series: str =
     return newest.folder
 
 
-def _time(path: Path) -> float | None:
+def _time(path: Path) -> tuple[float, bool] | None:
+    """Return when a checkpoint was saved, and whether its record tells; None if it cannot be read."""
     try:
         record = record_of(read(path), str(path))
-        return record.time if record else path.stat().st_mtime
+        return (record.time, True) if record else (path.stat().st_mtime, False)
     except (TailorError, OSError) as error:
         warnings.warn(f"{path.parent} is passed over: {error}", TailorWarning, stacklevel=4)
         return None

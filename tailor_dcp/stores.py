@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import stat as modes
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,10 +32,13 @@ __all__ = [
     "read_ranges",
     "same_store",
     "sizes",
+    "stats",
     "writing",
 ]
 
 _ASKED_AT_ONCE = 32
+_NOWHERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
+"""What is said of paths that lead to no file, whoever asks."""
 _BLOCK = 8 << 20
 """Bytes that are given to an upload at once; it gathers them into parts of its own size (s3fs: 50 MiB)."""
 
@@ -96,23 +100,28 @@ def _fetched(ranges: Sequence[Range]) -> list[bytes]:
     return answers
 
 
-def sizes(paths: Sequence[Path]) -> list[int | None]:
-    """Return the bytes of each file, None for what is not there, is no file or cannot be asked for.
+def stats(paths: Sequence[Path]) -> list[os.stat_result | OSError | None]:
+    """Return what is known of each file, None for what is not there or is no file, an error where it cannot be asked.
 
     Objects of stores are asked for many at a time, as each HEAD takes a round trip.
     """
     if len(paths) < 2 or not any(is_remote(path) for path in paths):
-        return [_size(path) for path in paths]
+        return [_stat(path) for path in paths]
     with ThreadPoolExecutor(min(_ASKED_AT_ONCE, len(paths))) as pool:
-        return list(pool.map(_size, paths))
+        return list(pool.map(_stat, paths))
 
 
-def _size(path: Path) -> int | None:
+def _stat(path: Path) -> os.stat_result | OSError | None:
     try:
         status = path.stat()
-    except OSError:
-        return None
-    return status.st_size if modes.S_ISREG(status.st_mode) else None
+    except OSError as error:
+        return None if error.errno in _NOWHERE else error
+    return status if modes.S_ISREG(status.st_mode) else None
+
+
+def sizes(paths: Sequence[Path]) -> list[int | None]:
+    """Return the bytes of each file, None for what is not there, is no file or cannot be asked for; see ``stats``."""
+    return [found.st_size if isinstance(found, os.stat_result) else None for found in stats(paths)]
 
 
 def copy_object(source: Path, target: Path) -> None:

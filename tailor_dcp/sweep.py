@@ -12,9 +12,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from tailor_dcp import dcp_events
 from tailor_dcp.base import open_base
-from tailor_dcp.carry import CARRIED, prune_empty
+from tailor_dcp.carry import CARRIED, folders_in, prune_empty
 from tailor_dcp.errors import TailorError
-from tailor_dcp.location import DEEPEST_SERIES, METADATA, Location, locate, real, same_folder
+from tailor_dcp.listing import checkpoints_below
+from tailor_dcp.location import METADATA, Location, locate, real, same_folder
 from tailor_dcp.locks import alone_in
 from tailor_dcp.metadata.record import save_id_of
 from tailor_dcp.metadata.safe_pickle import read
@@ -29,7 +30,8 @@ _pending: dict[str, tuple[Location, set[str], str]] = {}
 def leftovers(folder: Path) -> set[str]:
     """Return the data files that lie in a folder before a save into it begins, by relative path."""
     own = {path.name for path in folder.glob("*.distcp") if _DATA_FILE.fullmatch(path.name)}
-    return own | {path.relative_to(folder).as_posix() for path in (folder / CARRIED).glob("*/*")}
+    carried = (path for home in folders_in(folder / CARRIED) for path in home.glob("*"))
+    return own | {path.relative_to(folder).as_posix() for path in carried}
 
 
 def after_commit(location: Location, old: set[str], save_id: str) -> None:
@@ -43,13 +45,17 @@ def referring_files(location: Location) -> set[Path]:
     """Return the files inside a checkpoint that other checkpoints of its run refer to.
 
     Raises:
-        TailorError: one of them cannot be read, so it may refer to anything.
+        TailorError: one of them cannot be read, or a folder cannot be listed that may hold one, so it may refer to
+            anything.
     """
     files: set[Path] = set()
     # No deeper than checkpoints lie: what counts as the run may be somebody's home.
-    for path in (p for depth in range(1, DEEPEST_SERIES + 2) for p in location.run.glob(f"{'*/' * depth}{METADATA}")):
-        if not same_folder(path.parent, location.folder):
-            base = open_base(path.parent)
+    found = checkpoints_below(location.run)
+    for folder, why in found.unlisted:
+        raise TailorError(f"{folder} {why}; a checkpoint in it may refer to anything.")
+    for folder in found.folders:
+        if not same_folder(folder, location.folder):
+            base = open_base(folder)
             files |= {real(base.path(name)) for name in _names(base.metadata) if ".." in name or name.startswith("/")}
     return files
 
@@ -80,7 +86,7 @@ def _remove(location: Location, old: set[str], save_id: str) -> None:
         if save_id_of(metadata) != save_id:
             return
         in_use = referring_files(location)
-    except TailorError:
+    except (TailorError, OSError):  # the latter of a store
         return
     swept = {location.folder / name for name in old - _names(metadata)}
     swept = {path for path in swept if real(path) not in in_use}

@@ -1,26 +1,28 @@
 """Verifying: whether every byte that a checkpoint needs is there and is the one that was written.
 
-Whatever has a checksum is compared with it; what has none is called unverifiable, never good.
+Whatever has a checksum is compared with it; what has none is called unverifiable, never good. What could not be read is
+neither good nor damaged: nothing is said about it.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from tailor_dcp.base import open_base
-from tailor_dcp.census import DOOMED
 from tailor_dcp.collector import collector_off
 from tailor_dcp.errors import NoCheckpointError, TailorError
-from tailor_dcp.location import DEEPEST_SERIES, METADATA, locate
+from tailor_dcp.listing import Listing, checkpoints_below
+from tailor_dcp.location import METADATA, Location, locate, real
 from tailor_dcp.materialize import cores
 from tailor_dcp.store_path import place
 from tailor_dcp.stores import is_remote
 from tailor_dcp.units import Unit
 from tailor_dcp.verifying.findings import Finding, Verdict, Verification
-from tailor_dcp.verifying.repair import Candidate, RepairPlan, damaged_units, plan, units_to_take
+from tailor_dcp.verifying.repair import Candidate, RepairPlan, candidate, plan, units_to_take
 from tailor_dcp.verifying.run_check import RunCheck
 
 Progress = Callable[[int, int], None]
@@ -50,6 +52,7 @@ def verify(
 
     Raises:
         NoCheckpointError: there is no committed checkpoint.
+        OSError: a run in a store cannot be listed.
     """
     root = place(path)
     return _verified(root, _committed(root), threads, progress, units)
@@ -68,22 +71,34 @@ def repair_plans(
         threads: see ``verify``.
         progress: see ``verify``.
     """
-    return tuple(_plan(one, found, threads, progress) for one in found.checkpoints if one.state == "damaged")
+    told, made = _Told(found), dict[str, RepairPlan]()
+    lots: dict[tuple[Path, str], list[Verdict]] = {}
+    for verdict in found.checkpoints:
+        if verdict.state == "damaged":
+            here = _located(verdict.path)
+            lots.setdefault((here.run, here.series), []).append(verdict)
+    for (run, series), damaged in lots.items():
+        folders = [path for path in checkpoints_below(run).folders if locate(path).series == series]
+        siblings = _Siblings(run, folders, told, threads, progress)
+        made.update((one.path, one) for one in siblings.plans(damaged))
+    return tuple(made[one.path] for one in found.checkpoints if one.path in made)
 
 
 def _verified(
     root: Path,
-    folders: Sequence[Path],
+    listing: Listing,
     threads: int | None,
     progress: Progress | None,
     units: Collection[Unit] | None = None,
 ) -> Verification:
-    begun = time.monotonic()
+    begun, folders = time.monotonic(), listing.folders
     run = RunCheck(root, threads or (_AT_ONCE if is_remote(root) else cores()), progress)
     run.announce(folders if len(folders) > 1 else ())
     with collector_off():
         for folder in folders:
             run.check(folder, units)
+        for unlisted in listing.unlisted:
+            run.unlisted(*unlisted)
         run.compare_copies()
     verdicts = run.verdicts()
     if folders and not verdicts:
@@ -100,71 +115,104 @@ def _verified(
     )
 
 
-def _committed(root: Path) -> list[Path]:
+def _committed(root: Path) -> Listing:
     """Return the committed checkpoints at or below a folder.
 
     Raises:
-        NoCheckpointError: there is none.
+        NoCheckpointError: there is none, as far as can be seen.
     """
     if (root / METADATA).exists():
-        return [root]
-    folders = _below(root)
-    if folders:
-        return folders
+        return Listing([root], [])
+    found = checkpoints_below(root)
+    if found.folders:
+        return found
     if not root.exists():
         raise NoCheckpointError(f"{root} does not exist; give a checkpoint, or a run.")
+    if found.unlisted:
+        folder, why = found.unlisted[0]
+        raise NoCheckpointError(f"{root} holds no committed checkpoint that can be seen: {folder} {why}.")
     raise NoCheckpointError(
         f"{root} holds no committed checkpoint: no {METADATA} is in it or in any folder of it; give another."
     )
 
 
-def _below(run: Path) -> list[Path]:
-    depths = ("/".join("*" * depth) for depth in range(1, DEEPEST_SERIES + 2))
-    found = [path.parent for depth in depths for path in run.glob(f"{depth}/{METADATA}")] if run.is_dir() else []
-    return sorted(
-        folder
-        for folder in found
-        if not _is_linked(folder, run) and not any(name.startswith(DOOMED) for name in folder.relative_to(run).parts)
-    )
-
-
-def _is_linked(folder: Path, run: Path) -> bool:
-    """Tell whether a folder is another name of one that is elsewhere, such as what ``latest`` leads to."""
-    inside = folder.relative_to(run)
-    return any((run / part).is_symlink() for part in (inside, *list(inside.parents)[:-1]))
-
-
 # Repair -----------------------------------------------------------------------------------
 
 
-def _plan(verdict: Verdict, found: Verification, threads: int | None, progress: Progress | None) -> RepairPlan:
-    mine = _candidate(verdict, found)
-    here = locate(verdict.path)
-    siblings = [path for path in _below(here.run) if locate(path).series == here.series and path != here.folder]
-    known = {one.path for one in found.checkpoints}
-    if all(str(path) in known for path in siblings):
-        return plan(mine, verdict, _candidates(siblings, found))
-    if mine is not None and mine.damaged is not None:
-        needed = frozenset().union(*units_to_take(mine.base, mine.damaged))
-        others = _verified(here.run, siblings, threads, progress, needed)
-        made = plan(mine, verdict, _candidates(siblings, others))
-        if not made.lost:
-            return made
-    others = _verified(here.run, siblings, threads, progress)
-    return plan(mine, verdict, _candidates(siblings, others))
+def _located(path: str) -> Location:
+    """Return where a checkpoint stands; where a link tells no step, as ``latest``, where what it leads to stands."""
+    here = locate(path)
+    return locate(real(path)) if here.step is None and here.folder.is_symlink() else here
 
 
-def _candidates(folders: Sequence[Path], found: Verification) -> list[Candidate]:
-    verdicts = {one.path: one for one in found.checkpoints}
-    there = [verdicts[str(folder)] for folder in folders if str(folder) in verdicts]  # others were removed meanwhile
-    all_found = [_candidate(verdict, found) for verdict in there]
-    return [one for one in all_found if one is not None]
+class _Told:
+    """What a verification tells of checkpoints as something to take from.
+
+    Args:
+        found: the verification.
+    """
+
+    def __init__(self, found: Verification) -> None:
+        self.verdicts = {one.path: one for one in found.checkpoints}
+        self._findings: dict[str, list[Finding]] = {}
+        for finding in found.findings:
+            self._findings.setdefault(finding.checkpoint, []).append(finding)
+
+    def candidates(self, folders: Iterable[Path]) -> dict[str, Candidate]:
+        """Return those of some checkpoints that can be read, and were not removed meanwhile."""
+        there = [self.verdicts[str(folder)] for folder in folders if str(folder) in self.verdicts]
+        found = {verdict.path: self.candidate(verdict) for verdict in there}
+        return {path: one for path, one in found.items() if one is not None}
+
+    def candidate(self, verdict: Verdict) -> Candidate | None:
+        """Return one checkpoint; None if it cannot be read."""
+        try:
+            base = open_base(place(verdict.path))
+        except TailorError:
+            return None
+        return candidate(base, verdict.time, self._findings.get(verdict.name, ()))
 
 
-def _candidate(verdict: Verdict, found: Verification) -> Candidate | None:
-    """Return a checkpoint as something to take from; None if it cannot be read."""
-    try:
-        base = open_base(place(verdict.path))
-    except TailorError:
-        return None
-    return Candidate(base, verdict.time, damaged_units(found.findings, verdict.name))
+class _Siblings:
+    """The checkpoints of one run and series. Those that were not verified are, as far as it is needed.
+
+    Args:
+        run: the run.
+        folders: all of them.
+        told: what is known already.
+        threads: see ``verify``.
+        progress: see ``verify``.
+    """
+
+    def __init__(
+        self, run: Path, folders: Sequence[Path], told: _Told, threads: int | None, progress: Progress | None
+    ) -> None:
+        self._run, self._told = run, told
+        self._threads, self._progress = threads, progress
+        self._known = told.candidates(folders)
+        self._unknown = [folder for folder in folders if str(folder) not in told.verdicts]
+
+    def plans(self, damaged: Sequence[Verdict]) -> Iterator[RepairPlan]:
+        """Yield the plan for each damaged one."""
+        mine = {one.path: self._known.get(one.path) or self._told.candidate(one) for one in damaged}
+        units = frozenset(unit for one in mine.values() if one for group in units_to_take(one) for unit in group)
+        some = self._candidates(units) if self._unknown and units else [*self._known.values()]
+        for verdict in damaged:
+            made = self._plan(mine[verdict.path], verdict, some)
+            yield self._plan(mine[verdict.path], verdict, self._all) if made.lost and self._unknown else made
+
+    def _plan(self, mine: Candidate | None, verdict: Verdict, some: Sequence[Candidate]) -> RepairPlan:
+        return plan(mine, verdict, [one for one in some if one.name != verdict.path])
+
+    @cached_property
+    def _all(self) -> list[Candidate]:
+        return self._candidates(None)
+
+    def _candidates(self, units: Collection[Unit] | None) -> list[Candidate]:
+        """Return all of them that can be read, the unknown ones verified as far as some units go, or wholly."""
+        known = [*self._known.values()]
+        try:
+            more = _verified(self._run, Listing(self._unknown, []), self._threads, self._progress, units)
+        except NoCheckpointError:  # they were removed meanwhile
+            return known
+        return [*known, *_Told(more).candidates(self._unknown).values()]

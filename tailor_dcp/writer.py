@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from tailor_dcp.carry import check_there, make_folder, sync_folder
+from tailor_dcp.carry import check_there, make_folder, open_anew, sync_folder
 from tailor_dcp.crc import ChecksumStream
 from tailor_dcp.errors import TailorError
 from tailor_dcp.location import METADATA
@@ -253,7 +253,7 @@ class LayerwiseWriter(FileSystemWriter):
     def _commit(self, metadata: Metadata, folder: Path) -> None:
         check_there(metadata, folder)
         partial = folder / f"{METADATA}.tmp"
-        with partial.open("wb") as stream:
+        with open_anew(partial) as stream:
             dump(metadata, stream)
             stream.flush()
             if self.sync_files:

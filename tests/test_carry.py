@@ -437,6 +437,21 @@ def test_no_file_outside_the_bases_run_is_carried(tmp_path: Path, mode: Any, nam
     assert files(target) == set()
 
 
+@pytest.mark.parametrize("mode", ["link", "copy"])
+@pytest.mark.parametrize("link", ["carried", f"carried/{'a' * 32}"])
+def test_nothing_is_carried_through_a_link(tmp_path: Path, mode: Any, link: str) -> None:
+    """Into a folder of the target's that leads out of it."""
+    base, target, outside = tmp_path / "run" / "step-1", tmp_path / "run" / "step-2", tmp_path / "outside"
+    for folder in (base, target, outside):
+        folder.mkdir(parents=True)
+    (base / "a.distcp").write_bytes(b"a")
+    (target / link).parent.mkdir(exist_ok=True)
+    (target / link).symlink_to(outside)
+    placed = place({"a.distcp": Source("a" * 32, 1)}, locate(base), locate(target), mode)
+    assert placed.paths == {} and "symbolic link" in str(placed.failures["a.distcp"])
+    assert not list(outside.iterdir())
+
+
 def test_a_save_id_that_is_a_path_is_not_used_as_one(tmp_path: Path) -> None:
     """The save id becomes a folder's name, whoever wrote it."""
     base, target = tmp_path / "run" / "step-1", tmp_path / "run" / "step-2"

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from tailor_dcp import LayerwiseWriter
 from tailor_dcp.cli import app
 from tests.flips import flipped
 from tests.support.runs import L0, L1, LAYERS, Run, due, metadata
+from tests.support.users import somebody_else
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -94,6 +97,56 @@ def test_nothing_to_repair(run: Run, tmp_path: Path) -> None:
     code, out = tailor(run.folder, "--repair-plan", tmp_path / "plan.yaml")
     assert (code, out.count("\n")) == (0, 1)
     assert not (tmp_path / "plan.yaml").exists()
+
+
+def test_what_cannot_be_read_is_neither_good_nor_bad(shared_folder: Path) -> None:
+    """A pipeline must neither go on nor follow a repair plan because a token has expired."""
+    run = Run(shared_folder / "run")
+    for step in (100, 200):
+        run.save(step, due(*LAYERS), base=None, writer=LayerwiseWriter)
+    for path in run.path(200).glob("*.distcp"):
+        path.chmod(0)
+    plan = shared_folder / "plan.yaml"
+    with somebody_else():
+        code, out = tailor(run.folder, "--repair-plan", plan)
+        assert json.loads(tailor(run.folder, "--json")[1])["state"] == "unverifiable"
+    assert (code, plan.exists()) == (2, False)
+    assert "UNDECIDED: not all of step-200 could be read" in out
+    assert "Permission denied" in out
+    with damage(run, 100, L0), somebody_else():
+        code, out = tailor(run.folder)
+    assert code == 1
+    assert "DAMAGED: 1 of 2 checkpoints" in out and "not all of step-200 could be read" in out
+
+
+def test_a_plan_does_not_outlive_the_damage(run: Run, tmp_path: Path) -> None:
+    """Else a pipeline would merge it the next time."""
+    plan = tmp_path / "plan.yaml"
+    with damage(run, 200, L0):
+        tailor(run.folder, "--repair-plan", plan)
+        assert {path.name for path in tmp_path.glob("*.yaml")} == {"plan.yaml"}
+        tailor(run.folder, "--repair-plan", plan)  # and again
+        assert plan.exists()
+    code, out = tailor(run.folder, "--repair-plan", plan)
+    assert (code, list(tmp_path.glob("*.yaml"))) == (0, [])
+    assert f"removed {plan}, the plan of an earlier verification" in out
+
+
+def test_what_is_no_plan_is_not_overwritten(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("base: mine\n")
+    with damage(run, 200, L0):
+        assert tailor(run.folder, "--repair-plan", tmp_path / "recipe.yaml")[0] == 2
+    assert (tmp_path / "recipe.yaml").read_text() == "base: mine\n"
+
+
+def test_a_run_whose_name_is_no_text(tmp_path: Path) -> None:
+    run = Run(tmp_path / os.fsdecode(b"r\xff\nun"))
+    for step in (100, 200):
+        run.save(step, due(*LAYERS), base=None, writer=LayerwiseWriter)
+    with damage(run, 200, L0):
+        code, out = tailor(run.folder, "--repair-plan", tmp_path / "plan.yaml")
+    assert (code, "model.layers.0: weight from" in out) == (1, True)
+    assert yaml.safe_load((tmp_path / "plan.yaml").read_text())["base"] == str(run.path(200))
 
 
 def test_wrong_usage(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint import FileSystemWriter
 
 from tailor_dcp import LayerwiseWriter, verify
+from tailor_dcp.census import census
 from tailor_dcp.leftovers import COMPACTION
 from tailor_dcp.prune import Pruning, prune
 from tailor_dcp.repointing import repoint
@@ -171,20 +172,46 @@ def test_killed_at_any_change(tmp_path: Path, carry: str) -> None:
     prune(saved.folder, keep_last=2)
     run = Run(tmp_path / "run")
     run.steps = saved.steps
-    n, before, killed = 1, held(saved), True
+    # By links nobody need say that no save is under way: what a killed compaction has left is not taken for one.
+    n, before, killed, idle = 1, held(saved), True, carry == "reference"
     while killed:
         shutil.rmtree(run.folder, ignore_errors=True)
         subprocess.run(["cp", "-a", saved.folder, run.folder], check=True)
-        killed = killed_at(n, run.folder, lambda: prune(run.folder, compact=True, idle=True))
+        killed = killed_at(n, run.folder, lambda: prune(run.folder, compact=True, idle=idle))
         assert held(run) == before
         if n % 2:
             prune(run.folder, keep_last=2)  # one that does not compact comes between
-        prune(run.folder, compact=True, idle=True)
+        prune(run.folder, compact=True, idle=idle)
         assert held(run) == before
         assert data_bytes(run) <= 2 * live_bytes(run)
         assert not list(run.folder.glob(".*"))
         n += 1
     assert n > 15, "too few moments were tried"
+
+
+def test_a_save_that_begins_after_a_killed_compaction_is_seen(tmp_path: Path) -> None:
+    """Both put names into a checkpoint's folders: only what the plan and the checkpoint name is the compaction's."""
+    saved, run = Run(tmp_path / "saved"), Run(tmp_path / "run")
+    fill(saved, "link")
+    prune(saved.folder, keep_last=2)
+    run.steps = saved.steps
+    n, young = 0, list[Path]()
+    while not young:
+        n += 1
+        shutil.rmtree(run.folder, ignore_errors=True)
+        subprocess.run(["cp", "-a", saved.folder, run.folder], check=True)
+        assert killed_at(n, run.folder, lambda: prune(run.folder, compact=True))
+        young = [folder for entry in census(run.folder) for folder, _ in entry.younger]
+    carried = young[0] / "__0_ffffffff_0.distcp"
+    carried.hardlink_to(next(run.path(400).glob("*.distcp")))
+    assert rewritten(prune(run.folder, compact=True)) == []
+    assert (run.folder / COMPACTION).exists()
+    carried.unlink()
+    assert held(run) == held(saved)
+    prune(run.folder, compact=True)
+    assert held(run) == held(saved)
+    assert data_bytes(run) <= 2 * live_bytes(run)
+    assert not (run.folder / COMPACTION).exists()
 
 
 def fill(run: Run, carry: str) -> None:

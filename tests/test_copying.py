@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -19,10 +20,10 @@ from typer.testing import CliRunner
 
 from tailor_dcp.cli.copy import copy as command
 from tailor_dcp.copying import CopyRefusedError, copy
-from tailor_dcp.errors import NoCheckpointError, TailorWarning
+from tailor_dcp.errors import NoCheckpointError, TailorError, TailorWarning
 from tailor_dcp.materialize import materialize
 from tailor_dcp.prune import prune
-from tailor_dcp.runs import commits, latest
+from tailor_dcp.runs import commits
 from tailor_dcp.stores import place
 from tailor_dcp.writer import LayerwiseWriter
 from tests.support.forks import disk_use, killed_at
@@ -117,12 +118,12 @@ def test_it_tells_what_it_saved(run: Run, tmp_path: Path) -> None:
     assert (again.copied, again.linked) == (0, 0)
 
 
-def test_the_order_of_stock_checkpoints_stays(run: Run, tmp_path: Path) -> None:
-    """It is told by the times of their ``.metadata`` alone."""
+def test_the_times_of_stock_checkpoints_stay(run: Run, tmp_path: Path) -> None:
+    """When they were saved is told by the times of their ``.metadata`` alone."""
     for step in (200, 100):
         os.utime(run.stock(step) / ".metadata", (1000 - step, 1000 - step))
     copy(run.folder, tmp_path / "copy")
-    assert latest(tmp_path / "copy") == tmp_path / "copy" / "step-100"
+    assert {one.step: one.time for one in commits(tmp_path / "copy")} == {100: 900, 200: 800}
 
 
 def test_training_goes_on_in_the_copy(run: Run, tmp_path: Path) -> None:
@@ -214,6 +215,27 @@ def test_what_is_refused(run: Run, tmp_path: Path, what: str) -> None:
         copy(tmp_path / "nothing", target)
 
 
+def test_a_file_that_is_there_although_it_is_said_to_be_gone(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shared file system may show it late: a copy without it would look like a checkpoint."""
+    fill(run, "link")
+    missed, asked = next(run.path(200).glob("*.distcp")), Path.lstat
+
+    def answer(path: Path) -> os.stat_result:
+        if path == missed:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        return asked(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "lstat", answer)
+        with pytest.raises(TailorError, match=missed.name):
+            copy(run.folder, tmp_path / "copy")
+    assert not list(tmp_path.glob("copy/*/.metadata"))
+    copy(run.folder, tmp_path / "copy")
+    assert held(moved(run, tmp_path / "copy")) == held(run)
+
+
 def test_an_unreadable_checkpoint_is_copied_as_it_is(run: Run, tmp_path: Path) -> None:
     """Nobody can tell what it needs, so a warning says so."""
     fill(run, "link", 2)
@@ -221,6 +243,40 @@ def test_an_unreadable_checkpoint_is_copied_as_it_is(run: Run, tmp_path: Path) -
     with pytest.warns(TailorWarning, match="copied as it is"):
         copy(run.folder, tmp_path / "copy")
     assert (tmp_path / "copy" / "step-100" / ".metadata").read_bytes() == b"garbage"
+
+
+def test_what_is_no_file_is_left_out(run: Run, tmp_path: Path) -> None:
+    """A pipe for a ``.metadata``, of which a warning tells, or for anything else: a reader would wait for ever."""
+    fill(run, "link", 2)
+    (run.path(100) / ".metadata").unlink()
+    os.mkfifo(run.path(100) / ".metadata")
+    os.mkfifo(run.path(200) / "log")
+    with pytest.warns(TailorWarning, match="not a regular file"):
+        copy(run.folder, tmp_path / "copy")
+    assert not (tmp_path / "copy" / "step-100" / ".metadata").exists()
+    assert not (tmp_path / "copy" / "step-200" / "log").exists()
+    assert (tmp_path / "copy" / "step-200" / ".metadata").exists()
+
+
+def test_holes_stay_holes(run: Run, tmp_path: Path) -> None:
+    """A file that says it has a terabyte takes no longer to copy than the bytes that it has, and no more room."""
+    fill(run, "link", 1)
+    with (run.path(100) / "sparse").open("wb") as stream:
+        stream.write(b"begin")
+        stream.seek(1 << 39)
+        stream.write(b"middle")
+        stream.truncate(1 << 40)
+    told: list[tuple[int, int]] = []
+    copy(run.folder, tmp_path / "copy", progress=lambda done, total: told.append((done, total)))
+    new = tmp_path / "copy" / "step-100" / "sparse"
+    assert new.stat().st_size == 1 << 40
+    assert new.stat().st_blocks * 512 < 1 << 20
+    with new.open("rb") as stream:
+        assert stream.read(6) == b"begin\0"
+        stream.seek(1 << 39)
+        assert stream.read(7) == b"middle\0"
+    assert told[-1][0] == told[-1][1] > 1 << 40
+    assert copy(run.folder, tmp_path / "copy").copied == 0
 
 
 def stock_steps(run: Run, url: str) -> dict[str, int]:

@@ -52,6 +52,22 @@ def test_a_folder_is_free_again_though_a_child_was_forked_meanwhile(tmp_path: Pa
     child.__exit__(None, None, None)
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_by_the_name_of_a_lock_is_nobodys_lock(tmp_path: Path, there: bool) -> None:
+    """What it leads to is neither made, nor locked, nor held against anybody."""
+    theirs, path = tmp_path / "theirs", tmp_path / "lock"
+    if there:
+        theirs.write_text("theirs")
+    path.symlink_to(theirs)
+    lock = Lock(path, TailorError("busy"))
+    lock.take()
+    assert lock.taken and not path.is_symlink()
+    assert theirs.exists() == there
+    assert not there or (is_free(theirs) and theirs.read_text() == "theirs")
+    lock.release()
+    assert not path.exists()
+
+
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
 def test_where_there_are_no_locks_work_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     def refuse(descriptor: int, operation: int) -> None:

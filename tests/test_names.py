@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailor_dcp.errors import TailorError
-from tailor_dcp.names import alternatives, matches
+from tailor_dcp.names import alternatives, literal, matches
 
 
 @given(st.lists(st.lists(st.sampled_from(["0", "1", "a", ""]), min_size=1, max_size=3), max_size=4))
@@ -28,3 +28,9 @@ def test_braces_within_braces() -> None:
 def test_a_few_letters_do_not_stand_for_more_names_than_there_is_memory() -> None:
     with pytest.raises(TailorError, match="more than 10000 names"):
         alternatives("{a,b}" * 40)
+
+
+@given(st.text("ab[]{},*?!.\n", max_size=8), st.text("ab[]{},*?!.\n", max_size=8))
+def test_a_name_taken_literally_means_itself_alone(name: str, other: str) -> None:
+    assert matches(name, literal(name))
+    assert matches(other, literal(name)) == (other == name)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,11 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.metadata import StorageMeta
 from typer.testing import CliRunner
 
-from tailor_dcp import LayerwisePlanner
+from tailor_dcp import LayerwisePlanner, forget
 from tailor_dcp.census import STRIPPED, census
 from tailor_dcp.cli.prune import prune as prune_command
 from tailor_dcp.errors import NoCheckpointError, TailorError, UnreadableMetadataError
+from tailor_dcp.leftovers import COMPACTION
 from tailor_dcp.leftovers import find as find_leftovers
 from tailor_dcp.locks import Lock
 from tailor_dcp.prune import PruneRefusedError, Pruning, prune
@@ -32,6 +35,7 @@ from tailor_dcp.removal import withdraw
 from tailor_dcp.runs import commits
 from tests.support.forks import disk_use, killed_at
 from tests.support.runs import HEAD, L0, L1, L2, LAYERS, Run, due, named
+from tests.support.users import somebody_else
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected an existing checkpoint", "ignore::tailor_dcp.TailorWarning")
 
@@ -92,6 +96,11 @@ rules = st.one_of(
     ],
     rules=[(3, None), (1, None)],
     stop=40,
+)
+@example(  # a folder is emptied, saved into again and emptied again
+    saves=[(step, set(), "reference" if step == 400 else "link", None) for step in (300, 400, 100, 100, 300, 100)],
+    rules=[(None, 200)],
+    stop=1,
 )
 def test_every_kept_checkpoint_holds_what_it_held(
     saves: list[tuple[int, set[str], str, int | None]], rules: list[tuple[int | None, int | None]], stop: int
@@ -182,6 +191,19 @@ def test_series_killed_at_any_change(run: Run, tmp_path: Path) -> None:
 # What is kept and why ---------------------------------------------------------------------
 
 
+def test_what_a_link_leads_to_is_never_removed(run: Run, tmp_path: Path) -> None:
+    """Not even by the name that a folder has while it is removed."""
+    theirs = tmp_path / "theirs" / "deep" / "file"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("theirs")
+    fill(run, "link", 2)
+    for name in (".pruned-step-100", ".pruned-step-7"):
+        (run.folder / name).symlink_to(tmp_path / "theirs")
+    prune(run.folder, keep_last=1)
+    assert committed(run) == ["step-200"]
+    assert theirs.read_text() == "theirs"
+
+
 def test_it_says_why(run: Run) -> None:
     """Each verdict has its reasons, and a dry run the same ones."""
     fill(run, "link")
@@ -208,6 +230,32 @@ def test_last_goes_by_the_order_of_saving(run: Run) -> None:
     run.save(150, due(L0))
     assert prune(run.folder, keep_last=1).kept == ("step-150",)
     assert run.origins(150) == {**dict.fromkeys(LAYERS, 100), L0: 150}
+
+
+def test_a_stock_run_that_was_copied(run: Run) -> None:
+    """Its files' times are in the order of copying: the last ones by their steps stay, and what may be the newest."""
+    for step in (100, 200, 300, 400, 500):
+        run.stock(step)
+    for age, step in enumerate((300, 500, 200, 400, 100)):
+        os.utime(run.path(step) / ".metadata", (1e9 + age, 1e9 + age))
+    done = prune(run.folder, keep_last=2)
+    assert done.removed == ("step-200", "step-300")
+    assert whys(done)["step-100"] == "the one with the youngest file: a save may be carrying from it"
+    assert whys(done)["step-500"] == "one of the last 2; the newest: a save may be carrying from it"
+
+
+def test_a_run_that_went_back_to_stock_checkpoints(run: Run) -> None:
+    """Where not all tell when they were saved, that of the highest step stays as well."""
+    run.stock(100)
+    forget()
+    for step in (300, 400):
+        run.save(step)
+    run.load(100)
+    run.save(150)
+    run.save(160)
+    done = prune(run.folder, keep_last=1)
+    assert done.removed == ("step-100", "step-150", "step-300")
+    assert whys(done)["step-400"] == "the one of the highest step: a save may be carrying from it"
 
 
 def test_with_references_a_folder_is_emptied_of_what_nobody_needs(run: Run) -> None:
@@ -290,6 +338,19 @@ def test_what_a_symbolic_link_leads_to_is_kept(run: Run) -> None:
     assert whys(prune(run.folder, keep_last=1))["step-100"] == "best leads to it"
 
 
+def test_what_a_symbolic_link_leads_into_is_kept(run: Run) -> None:
+    """One of several series, or a file; what only begins like it is another folder."""
+    for step in (1, 10, 100, 200):
+        for series in ("model_0", "optimizer_0"):
+            run.save(step, to=f"checkpoint-{step}/{series}")
+    (run.folder / "best").symlink_to("checkpoint-10/model_0")
+    (run.folder / "weights").symlink_to(next(run.path("checkpoint-100/model_0").glob("*.distcp")))
+    done = prune(run.folder, keep_last=1)
+    assert done.removed == ("checkpoint-1",)
+    assert whys(done)["checkpoint-10"] == "best leads to something in it"
+    assert whys(done)["checkpoint-100"] == "weights leads to something in it"
+
+
 def test_a_folder_elsewhere_that_a_symbolic_link_leads_to_needs_what_it_refers_to(run: Run, tmp_path: Path) -> None:
     """Step 200 lies on another disk, and refers to step 100 in the run."""
     run.save(100)
@@ -300,6 +361,17 @@ def test_a_folder_elsewhere_that_a_symbolic_link_leads_to_needs_what_it_refers_t
     before = run.steps_of(200)
     assert prune(run.folder, keep_last=1).removed == ("step-100",)
     assert run.steps_of(200) == before
+
+
+def test_a_step_on_a_disk_that_is_not_there_may_need_anything(run: Run, tmp_path: Path) -> None:
+    """Its link leads nowhere until somebody mounts the disk again; what ``best`` led to once is nobody's need."""
+    fill(run, "reference", 3)
+    run.path(200).rename(tmp_path / "step-200")
+    run.path(200).symlink_to(tmp_path / "disk" / "step-200")
+    (run.folder / "best").symlink_to("step-50")
+    with pytest.raises(TailorError, match=r"step-200 leads to .*, where nothing is.*move it out of the run"):
+        prune(run.folder, keep_last=1)
+    assert run.path(100).exists()
 
 
 def test_a_run_in_a_folder_of_a_number_is_no_step(run: Run, tmp_path: Path) -> None:
@@ -416,6 +488,14 @@ def test_the_best_by_a_metric(run: Run, tmp_path: Path) -> None:
     assert prune(run.folder, keep_best=1, metrics=losses, mode="max").kept == ("step-500",)
 
 
+def test_what_was_not_evaluated_yet_may_be_the_best(run: Run) -> None:
+    """The evaluation lags behind: what it has not come to stays, what it has passed over does not."""
+    fill(run, "link")
+    done = prune(run.folder, keep_best=1, metrics={100: 1.0, 150: 7.0, 300: 2.0})
+    assert done.removed == ("step-200", "step-300")
+    assert whys(done)["step-400"] == "not evaluated yet: eval_loss ends at step 300"
+
+
 def test_what_was_saved_not_long_ago(run: Run) -> None:
     """By the time in the record, which copying the files does not change."""
     fill(run, "link", 3)
@@ -490,6 +570,96 @@ def test_what_is_saved_again_while_it_is_to_be_removed_stays(run: Run) -> None:
     assert set(run.steps_of(100).values()) == {150}
 
 
+# What others own --------------------------------------------------------------------------
+
+
+def test_what_is_read_only_is_kept_and_stops_nothing(shared_folder: Path) -> None:
+    """It needs what it refers to; nothing loses its ``.metadata`` in vain."""
+    run = Run(shared_folder / "run")
+    with somebody_else():
+        run.save(50)
+        fill(run, "reference", 3)
+        run.path(200).chmod(0o555)
+        before, foretold = held(run), prune(run.folder, keep_last=1, dry_run=True)
+        done = prune(run.folder, keep_last=1)
+        assert done.verdicts == foretold.verdicts
+        assert done.removed == ("step-50", "step-100")
+        assert whys(done)["step-200"] == "no rule keeps it, but its folder is read-only"
+        assert held(run) == {name: before[name] for name in ("step-200", "step-300")}
+        run.path(200).chmod(0o755)
+        (run.path(200) / "logs").mkdir(0o555)
+        assert whys(prune(run.folder, keep_last=1))["step-200"] == "no rule keeps it, but logs in it is read-only"
+        run.folder.chmod(0o555)
+        assert "the run's folder is read-only" in whys(prune(run.folder, keep_last=1))["step-200"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs two users")
+def test_what_turns_out_to_be_another_users_stops_nothing_else(shared_folder: Path) -> None:
+    """A sticky folder: nobody may take somebody else's file out of it. What stays a checkpoint keeps what it needs."""
+    run = Run(shared_folder / "run")
+    fill(run, "reference", 4)
+    for path in (run.folder, *(run.path(step) for step in (100, 200, 300, 400))):
+        path.chmod(0o1777 if path == run.path(200) else 0o777)
+    before = held(run)
+    for _ in range(2):
+        with somebody_else(), pytest.raises(TailorError, match=r"step-200/\.metadata cannot be changed"):
+            prune(run.folder, keep_last=1, compact=True, idle=True)
+        assert held(run) == {name: before[name] for name in ("step-200", "step-400")}
+    assert not (run.folder / COMPACTION).exists()
+    prune(run.folder, keep_last=1)
+    assert held(run) == {"step-400": before["step-400"]}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs two users")
+def test_what_only_the_owner_of_a_folder_may_do_is_not_begun(shared_folder: Path) -> None:
+    """Its old time cannot be given back to it by others: it would look for ever as if a save had begun in it."""
+    run = Run(shared_folder / "run")
+    run.save(100)
+    run.save(200, carry="reference")
+    run.load(200)
+    run.save(100, due(L0))  # its first file is left there for the sake of step 200
+    run.save(300, due(L1, L2, HEAD))
+    subprocess.run(["chmod", "-R", "a+rwX", run.folder], check=True)
+    before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
+    with somebody_else():
+        done = prune(run.folder, keep_last=2, compact=0.0)
+    assert done.removed == ("step-200",)
+    assert done.rewrites and all("another user's" in (one.why_not or "") for one in done.rewrites)
+    assert not (run.folder / COMPACTION).exists()
+    left = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
+    assert left == {path: when for path, when in before.items() if path in left}
+    files = sum(path.name.endswith(".distcp") for path in left)
+    prune(run.folder, keep_last=2)
+    assert sum(path.name.endswith(".distcp") for path in run.folder.rglob("*")) < files
+
+
+def test_a_compaction_that_cannot_be_finished_yet_is_not_told_as_finished(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save has begun since it was cut off, and may refer to the old files; by links, that is seen."""
+    run.save(100)
+    for step, layer in ((200, L0), (300, L1), (400, L2)):
+        run.save(step, due(layer))
+
+    def cut_off(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("tailor_dcp.compact._apply", cut_off)
+        prune(run.folder, keep_last=1, compact=True)
+    run.path(500).mkdir()
+    before = held(run)
+    for idle, action in ((False, "keep"), (True, "remove")):
+        foretold = prune(run.folder, compact=True, idle=idle, dry_run=True)
+        done = prune(run.folder, compact=True, idle=idle)
+        (verdict,) = [one for one in done.verdicts if one.name == COMPACTION]
+        assert verdict in foretold.verdicts
+        assert verdict.action == action
+        assert ("a save under way may refer to its files" in verdict.why[0]) == (action == "keep")
+        assert (run.folder / COMPACTION).exists() == (action == "keep")
+    assert held(run) == before
+
+
 # What is refused --------------------------------------------------------------------------
 
 
@@ -497,9 +667,25 @@ def test_an_unreadable_metadata_stops_it(run: Run) -> None:
     """It may need any file."""
     fill(run, "link", 3)
     (run.path(200) / ".metadata").write_bytes(b"garbage")
-    with pytest.raises(UnreadableMetadataError, match="step-200"):
+    with pytest.raises(UnreadableMetadataError, match=r"step-200.*It may need any file.*--repair-plan.*move") as caught:
         prune(run.folder, keep_last=1)
+    assert "use another" not in str(caught.value)
     assert run.path(100).exists()
+
+
+def test_a_folder_that_cannot_be_listed_stops_it(shared_folder: Path) -> None:
+    """A checkpoint in it may need any file; but not in what mkfs makes at a disk's root for its administrator."""
+    run = Run(shared_folder / "run")
+    with somebody_else():
+        fill(run, "link", 3)
+        for name in ("lost+found", "mine"):
+            run.path(name).mkdir(0)
+        with pytest.raises(
+            TailorError, match=r"mine could not be looked into: Permission denied.*move it out of the run"
+        ):
+            prune(run.folder, keep_last=1)
+        run.path("mine").rmdir()
+        assert prune(run.folder, keep_last=1).removed == ("step-100", "step-200")
 
 
 @pytest.mark.parametrize(
@@ -510,6 +696,9 @@ def test_an_unreadable_metadata_stops_it(run: Run) -> None:
         ({"keep_best": 0, "metrics": {100: 1.0}}, "keep_best=0"),
         ({"keep_best": 1}, "give metrics"),
         ({"metrics": {100: 1.0}}, "give keep_best"),
+        ({"keep_last": 1, "metric": "accuracy"}, "give keep_best"),
+        ({"keep_last": 1, "mode": "max"}, "give keep_best"),
+        ({"keep_last": 1, "idle": True}, "give compact"),
         ({"keep_best": 1, "metrics": {7: 1.0}}, "none of the 1 checkpoints' steps, such as 100"),
         ({"keep_best": 1, "metrics": {100: 1.0}, "mode": "best"}, "mode='best' is unknown"),
         ({"keep_within": "soon"}, "keep_within='soon' is no length of time"),
@@ -548,7 +737,7 @@ def test_the_command(run: Run, tmp_path: Path) -> None:
     run.save(50, writer=FileSystemWriter)
     fill(run, "link", 4)
     log = tmp_path / "trainer_state.json"
-    log.write_text(json.dumps({"log_history": [{"step": 100, "eval_loss": 1.5}, {"step": 100, "loss": 2.0}]}))
+    log.write_text(json.dumps({"log_history": [{"step": 100, "eval_loss": 1.5}, {"step": 400, "eval_loss": 2.0}]}))
     best = [str(run.folder), "--keep-last", "1", "--keep-best", "1", "--metrics", str(log), "--threshold", "0.3"]
     shown = CliRunner().invoke(app, [*best, "--dry-run"])
     assert shown.exit_code == 0
@@ -558,3 +747,26 @@ def test_the_command(run: Run, tmp_path: Path) -> None:
     assert told["removed"] == ["step-50", "step-200", "step-300"]
     assert committed(run) == ["step-100", "step-400"]
     assert told["freed"] == sum(v["freed"] for v in told["verdicts"]) + sum(r["freed"] for r in told["rewrites"])
+
+
+@pytest.mark.parametrize(("call", "name"), [("lstat", "step-300"), ("stat", "step-300/.metadata")])
+def test_what_is_there_although_it_is_said_to_be_gone(
+    run: Run, monkeypatch: pytest.MonkeyPatch, call: str, name: str
+) -> None:
+    """A shared file system may show a checkpoint late; what it refers to does not go as if nobody needed it."""
+    fill(run, "reference", 4)
+    before, asked, told = held(run), getattr(Path, call), list[Path]()
+
+    def answer(path: Path, **options: Any) -> os.stat_result:
+        if path == run.folder / name and not told:
+            told.append(path)
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        return asked(path, **options)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(Path, call, answer)
+    with suppress(OSError, TailorError):
+        prune(run.folder, keep_last=1)
+    assert told
+    assert held(run).items() <= before.items()
+    prune(run.folder, keep_last=1)
+    assert held(run) == {"step-400": before["step-400"]}

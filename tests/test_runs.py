@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
+import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tailor_dcp import forget, latest
-from tailor_dcp.runs import commits
+from tailor_dcp.runs import Commit, commits, in_order
 from tests.support.runs import L1, Run, due, heard_warnings
 
 pytestmark = [
@@ -69,17 +73,69 @@ def test_before_looks_below_a_step(run: Run) -> None:
     assert latest(run.folder, before=100) is None
 
 
-def test_stock_checkpoints_count_by_their_files_time(run: Run) -> None:
-    """They have no record; the .metadata tells when it was committed."""
+def test_stock_checkpoints_have_the_place_of_their_step(run: Run) -> None:
+    """They have no record, and a copied file is younger than what was saved after it."""
     run.save(100)
     run.stock(200)
     forget()
     run.save(300)
-    assert [commit.step for commit in commits(run.folder)] == [100, 200, 300]
-    os.utime(run.path(200) / ".metadata", (4e9, 4e9))
+    for when in (time.time(), 4e9):
+        os.utime(run.path(200) / ".metadata", (when, when))
+        assert [commit.step for commit in commits(run.folder)] == [100, 200, 300]
+        with heard_warnings() as said:
+            assert latest(run.folder) == run.path(300)
+        assert len(said) == 1 and "the run was copied, or went back" in said[0]
+
+
+def test_a_stock_run_that_was_copied_has_its_newest_still(run: Run) -> None:
+    """``cp -r`` copies in the order of the directory; a warning says that the run may as well have gone back."""
+    for age, step in enumerate((200, 300, 100)):
+        os.utime(run.stock(step) / ".metadata", (age, age))
     with heard_warnings() as said:
-        assert latest(run.folder) == run.path(200)
-    assert len(said) == 1
+        assert latest(run.folder) == run.path(300)
+    assert len(said) == 1 and "step-100 has the younger file" in said[0]
+
+
+def test_stock_checkpoints_change_nothing_of_what_records_tell(run: Run) -> None:
+    """Training began with torch alone, and went back once it was ours: the newest is where it went on from there."""
+    run.stock(100)
+    run.stock(280)
+    forget()
+    run.save(300)
+    run.load(100)
+    run.save(250)
+    assert [commit.step for commit in commits(run.folder)] == [100, 280, 300, 250]
+    with heard_warnings() as said:
+        assert latest(run.folder) == run.path(250)
+    assert len(said) == 1 and "the run went back" in said[0]
+
+
+@given(
+    told=st.lists(st.booleans(), min_size=1, max_size=8),
+    late=st.lists(st.floats(0, 100), min_size=8, max_size=8),
+    mixed=st.randoms(use_true_random=False),
+)
+def test_a_run_that_went_straight_on_has_the_order_of_its_steps(
+    told: list[bool], late: list[float], mixed: random.Random
+) -> None:
+    """Whichever checkpoints have a record, and whenever the files of the others were copied."""
+    saved = [Commit(Path(), n, n + 0.5 + (0 if record else late[n]), record) for n, record in enumerate(told)]
+    assert in_order(mixed.sample(saved, len(saved))) == saved
+
+
+@given(
+    times=st.lists(st.tuples(st.integers(0, 9), st.floats(0, 9)), min_size=1, max_size=8, unique=True),
+    copied=st.lists(st.tuples(st.integers(0, 9), st.floats(0, 99)), max_size=4, unique_by=lambda pair: pair[0]),
+)
+def test_what_records_tell_stands(times: list[tuple[int, float]], copied: list[tuple[int, float]]) -> None:
+    """Back and forth: what has a record is in the order of its time, and what has none in that of its step."""
+    saved = [Commit(Path(), step, when) for step, when in times]
+    found = in_order([*saved, *(Commit(Path(), step, when, told=False) for step, when in copied)])
+    known = [one.time for one in found if one.told]
+    assert known == sorted(known)
+    for n, one in enumerate(found):
+        if not one.told:
+            assert all(other.time > one.time or other.step >= one.step for other in found[n:] if other.told)
 
 
 def test_what_is_damaged_or_uncommitted_is_passed_over(run: Run) -> None:

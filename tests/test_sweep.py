@@ -32,6 +32,7 @@ from tests.support.runs import (
     named,
     record,
 )
+from tests.support.users import somebody_else
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Detected an existing checkpoint"),
@@ -247,6 +248,21 @@ def test_files_that_are_no_saves_stay(run: Run) -> None:
     assert {"config.json", "tokenizer.model", "notes.distcp", "__init__.py"} <= files(run.path(200))
 
 
+@pytest.mark.parametrize("link", ["carried", "carried/x"])
+def test_what_a_link_leads_to_is_not_swept(run: Run, tmp_path: Path, link: str) -> None:
+    """A folder of carried files that leads out of the run: its files are somebody else's."""
+    theirs = tmp_path / "outside" / "x" / "theirs.distcp"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_bytes(b"theirs")
+    shutil.rmtree(run.path(200) / "carried")
+    (run.path(200) / link).parent.mkdir(exist_ok=True)
+    (run.path(200) / link).symlink_to(theirs.parents[1] if link == "carried" else theirs.parent)
+    forget()
+    run.save(201, to="step-200")
+    assert theirs.read_bytes() == b"theirs"
+    assert run.origins(200) == dict.fromkeys(LAYERS, 201)
+
+
 def test_a_file_that_others_refer_to_stays(run: Run) -> None:
     """In reference mode step 100's old file is live as long as step 300 names it."""
     run.load(100)
@@ -268,6 +284,36 @@ def test_beside_a_checkpoint_that_cannot_be_read_nothing_is_swept(run: Run) -> N
     run.save(101, to="step-100")
     assert old < files(run.path(100))
     assert run.origins(100) == dict.fromkeys(LAYERS, 101)
+
+
+def test_beside_a_folder_that_cannot_be_listed_nothing_is_swept(shared_folder: Path) -> None:
+    """A checkpoint in it may refer to anything; what a disk has at its root for its administrator holds none."""
+    run = Run(shared_folder / "run")
+    with somebody_else():
+        run.save(100, carry="reference")
+        run.save(200, due(L1), carry="reference")
+        old = files(run.path(100))
+        run.path(200).chmod(0)
+        forget()
+        run.save(101, to="step-100")
+        assert old < files(run.path(100))
+        run.path(200).chmod(0o755)
+        assert run.origins(200) == COMPOSITE
+        run.path("lost+found").mkdir(0)
+        shutil.rmtree(run.path(200))
+        forget()
+        run.save(102, to="step-100")
+        assert files(run.path(100)) == named(run.path(100))
+
+
+def test_a_link_that_leads_nowhere_hides_nothing(run: Run) -> None:
+    """A loop, a dangling one, one below a file."""
+    (run.folder / "loop").symlink_to("loop")
+    (run.folder / "gone").symlink_to("step-50")
+    (run.folder / "below").symlink_to("step-100/.metadata/x")
+    forget()
+    run.save(101, to="step-100")
+    assert files(run.path(100)) == named(run.path(100))
 
 
 @pytest.mark.parametrize("fault", ["value", "cut off"])

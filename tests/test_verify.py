@@ -22,6 +22,7 @@ from torch.serialization import set_crc32_options
 
 from tailor_dcp import LayerwiseWriter, copy, lineage, materialize, merge, verify
 from tailor_dcp.errors import NoCheckpointError
+from tailor_dcp.listing import Listing
 from tailor_dcp.store_path import place
 from tailor_dcp.verify import Verification, repair_plans
 from tests.flips import WRITERS, Target, composite, flipped
@@ -517,10 +518,12 @@ def test_a_checkpoint_that_is_pruned_while_repair_is_looked_for(run: Run, monkey
     has_flipped(run.path(200))
     found = verify(run.path(200))
 
-    def listed(path: Path) -> list[Path]:
-        return [path / name for name in ("step-100", "step-200", "step-300", "step-400")]  # there is no last one
+    def listed(path: Path) -> Listing:
+        names = ("step-100", "step-200", "step-300", "step-400")  # there is no last one
+        return Listing([path / name for name in names], [])
 
-    monkeypatch.setattr(sys.modules["tailor_dcp.verify"], "_below", listed)  # the package has a function of this name
+    module = sys.modules["tailor_dcp.verify"]  # the package has a function of this name
+    monkeypatch.setattr(module, "checkpoints_below", listed)
     (made,) = repair_plans(found)
     assert made.checkpoint == "step-200"
 

@@ -207,3 +207,13 @@ def test_in_a_copied_run_older_is_what_has_the_lower_step(tmp_path: Path) -> Non
     (run.path(200) / ".metadata").write_bytes(b"nothing")
     os.utime(run.path(200) / ".metadata", (4e9, 4e9))
     assert planned(run.path(200)).recipe == {"base": str(run.path(100))}
+
+
+def test_a_checkpoint_behind_a_link_is_repaired_from_the_run_that_it_is_in(run: Run, tmp_path: Path) -> None:
+    link = tmp_path / "home" / "ckpt"
+    link.parent.mkdir()
+    link.symlink_to(run.path(300))
+    with damaged(run.path(300), f"model.{L1}.w"):
+        made = planned(link)
+        assert [(one.source, one.origin_step) for one in made.taken] == [(str(run.path(200)), 200)]
+        assert repaired(run, made, tmp_path)[f"model.{L1}.w"] == 200

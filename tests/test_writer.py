@@ -135,6 +135,22 @@ def test_the_old_metadata_is_there_until_the_new_one_is(run: Run, monkeypatch: p
     assert run.origins(100) == dict.fromkeys(LAYERS, 101)
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_nothing_is_written_through_a_link(run: Run, tmp_path: Path, there: bool) -> None:
+    """Of the name that the metadata have until they are complete; the folder may be of somebody else's making."""
+    theirs = tmp_path / "theirs"
+    if there:
+        theirs.write_text("theirs")
+    folder = run.path(100)
+    folder.mkdir(parents=True)
+    (folder / ".metadata.tmp").symlink_to(theirs)
+    run.save(100, writer=LayerwiseWriter)
+    assert theirs.exists() == there
+    assert not there or theirs.read_text() == "theirs"
+    assert not (folder / ".metadata").is_symlink()
+    assert run.origins(100) == dict.fromkeys(LAYERS, 100)
+
+
 @pytest.mark.parametrize("sync", [True, False])
 def test_files_and_folders_are_synced_if_wanted(run: Run, monkeypatch: pytest.MonkeyPatch, sync: bool) -> None:
     """Before the rename: data, their folder, the metadata; after it the folder and the run."""

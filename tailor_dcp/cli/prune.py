@@ -14,7 +14,7 @@ from rich.table import Table
 from tailor_dcp.amounts import counted, lasting, percent
 from tailor_dcp.cli.output import console, print_json, say, size
 from tailor_dcp.cli.progress import progress_bar
-from tailor_dcp.prune import DEAD_SHARE, Pruning, Verdict
+from tailor_dcp.prune import DEAD_SHARE, METRIC, Pruning, Verdict
 from tailor_dcp.prune import prune as prune_run
 from tailor_dcp.retention import Mode
 
@@ -26,7 +26,9 @@ def prune(
     run: Annotated[str, typer.Argument(help="A run's folder, whose sub-folders are its checkpoints.")],
     keep_last: Annotated[int | None, typer.Option(help="Keep as many, counted in the order of saving.")] = None,
     keep_every: Annotated[int | None, typer.Option(help="Keep those whose step is a multiple.")] = None,
-    keep_best: Annotated[int | None, typer.Option(help="Keep as many of the best by a metric.")] = None,
+    keep_best: Annotated[
+        int | None, typer.Option(help="Keep as many of the best by a metric, and what has no value yet.")
+    ] = None,
     keep_within: Annotated[
         str | None, typer.Option(metavar="TIME", help="Keep what was saved at most so long ago: 90min, 12h, 7d, 2w.")
     ] = None,
@@ -34,7 +36,7 @@ def prune(
         str | None,
         typer.Option(metavar="FILE", help="Where the metric is: JSON lines, JSON, CSV or a trainer_state.json."),
     ] = None,
-    metric: Annotated[str, typer.Option(help="What it is called there.")] = "eval_loss",
+    metric: Annotated[str, typer.Option(help="What it is called there.")] = METRIC,
     mode: Annotated[Mode, typer.Option(help="Whether its lowest values are the best, or its highest.")] = "min",
     compact: Annotated[
         bool, typer.Option("--compact", help="Rewrite data files that are mostly dead, so that the disk is freed.")

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from tailor_dcp.errors import UnreadableMetadataError
+from tailor_dcp.errors import NewerFormatError, UnreadableMetadataError
 from tailor_dcp.file_marks import Mark
 from tailor_dcp.units import Unit
 
@@ -191,11 +191,13 @@ def from_builtins(raw: object, source: str) -> Record:
     """Build the record from its serialised form.
 
     Raises:
-        UnreadableMetadataError: it is damaged, or of a newer format than this version knows.
+        NewerFormatError: it is of a newer format than this version knows.
+        UnreadableMetadataError: it is damaged.
     """
     version = raw.get("format") if isinstance(raw, dict) else None
     if type(version) is not int or version not in _READ:
-        raise UnreadableMetadataError(
+        newer = type(version) is int and version > FORMAT
+        raise (NewerFormatError if newer else UnreadableMetadataError)(
             f"{source} holds a tailor_dcp record of format {version!r}, but this version reads only "
             f"formats {' and '.join(map(str, _READ))}; plain dcp.load still reads the checkpoint."
         )

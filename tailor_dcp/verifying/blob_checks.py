@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from tailor_dcp.crc import crc32
-from tailor_dcp.frames import Outline, outline
+from tailor_dcp.frames import Outline, has_frame, outline
 from tailor_dcp.raw_blobs import HEAD, described
 from tailor_dcp.verifying.archive_layout import LayoutError, Read, Record, is_archive, records_of
 
@@ -42,20 +42,23 @@ class Want(NamedTuple):
     dtype: torch.dtype | None = None
 
 
+Outcome = Literal["good", "damaged", "untold", "gone", "unread"]
+"""What a stretch is: what it must be, not that, or either, as nothing tells; or its file was gone once it was to be
+opened, though it may still be there by another name; or it could not be read, which says nothing about it."""
+
+
 class Seen(NamedTuple):
     """What came of one stretch.
 
     Attributes:
-        good: whether it is what it must be; None where nothing tells.
+        outcome: what it is.
         why: if it is not good, half a sentence.
         mark: a checksum that copies of it have as well; None if there is none.
-        opened: whether the file could be opened; if not, it may still be there by another name.
     """
 
-    good: bool | None
+    outcome: Outcome
     why: str = ""
     mark: int | None = None
-    opened: bool = True
 
 
 class BlobCheck:
@@ -91,25 +94,22 @@ class BlobCheck:
         want, frame = self.want, self._outline
         if want.crc is not None:
             if self._crc != want.crc:
-                return Seen(False, "has changed since it was written: its checksum differs")
+                return Seen("damaged", "has changed since it was written: its checksum differs")
             other = None if frame is not None and self._fits else _another_tensor(want, self._read)
-            return Seen(False, other) if other else Seen(True, mark=self._crc)
+            return Seen("damaged", other) if other else Seen("good", mark=self._crc)
         if want.kind == "transformed":
-            return Seen(None, "is compressed or changed by an extension of DCP's, and has no checksum")
+            return Seen("untold", "is compressed or changed by an extension of DCP's, and has no checksum")
         if frame is not None and self._fits and frame.ends(self._crc, self._after):
-            return Seen(True, mark=self._crc)
+            return Seen("good", mark=self._crc)
         return _looked_into(want, self._read)
 
 
 def _outline(want: Want) -> Outline | None:
-    if want.shape is None or want.dtype is None:
+    if want.shape is None or want.dtype is None or not has_frame(want.dtype):
         return None
     if not 0 < math.prod(want.shape) * want.dtype.itemsize <= want.length:  # memory that is asked for, if not taken
         return None
-    try:
-        made = outline(want.shape, want.dtype)
-    except (KeyError, RuntimeError):  # of quantized dtypes, and of those narrower than a byte, torch makes no frame
-        return None
+    made = outline(want.shape, want.dtype)
     return made if made.length == want.length else None
 
 
@@ -132,12 +132,12 @@ def _looked_into(want: Want, read: Read) -> Seen:
     """Account for every byte of an archive."""
     if not is_archive(read, want.length):
         if want.kind == "tensor":
-            return Seen(False, "is nothing that torch.save writes")
-        return Seen(None, "is nothing that torch.save writes, and has no checksum")
+            return Seen("damaged", "is nothing that torch.save writes")
+        return Seen("untold", "is nothing that torch.save writes, and has no checksum")
     try:
         records = records_of(read, want.length)
     except LayoutError as error:
-        return Seen(False, f"is damaged around its values: {error}")
+        return Seen("damaged", f"is damaged around its values: {error}")
     return _checked(want, records, read)
 
 
@@ -145,16 +145,18 @@ def _checked(want: Want, records: list[Record], read: Read) -> Seen:
     summed = any(record.crc for record in records)
     for record in records if summed else ():
         if _crc_of(read, record) != record.crc:
-            return Seen(False, f"has changed since it was written: the checksum of its record {record.name} differs")
+            return Seen(
+                "damaged", f"has changed since it was written: the checksum of its record {record.name} differs"
+            )
     other = _another_tensor(want, read)
     if other:
-        return Seen(False, other)
+        return Seen("damaged", other)
     if not summed:
-        return Seen(None, "has no checksum, as torch was told to compute none (set_crc32_options)")
+        return Seen("untold", "has no checksum, as torch was told to compute none (set_crc32_options)")
     if want.kind == "tensor" and described(read(0, min(HEAD, want.length))) is None:
-        return Seen(None, "is no plain tensor, so its shape was not compared; its checksums agree")
+        return Seen("untold", "is no plain tensor, so its shape was not compared; its checksums agree")
     own = [record.crc for record in records if record.name == "data/0"] if want.kind == "tensor" else []
-    return Seen(True, mark=own[0] if own else hash(tuple(record.crc for record in records)))
+    return Seen("good", mark=own[0] if own else hash(tuple(record.crc for record in records)))
 
 
 def _crc_of(read: Read, record: Record) -> int:

@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 from tailor_dcp.input_files import open_input
 from tailor_dcp.ranges import Advance, SourceError, ends
+from tailor_dcp.store_path import reason
 from tailor_dcp.stores import is_remote
 from tailor_dcp.verifying.blob_checks import BlobCheck, Read, Seen, Want
+from tailor_dcp.verifying.failures import is_gone, is_lost, unread
 
 _WINDOW = 512 << 10
 """Bytes that are read at once; they are still in the core's own cache when they are looked at."""
@@ -92,27 +94,45 @@ class _Worker:
                 self._descriptor = file.descriptor
                 yield from self._checked(wants)
         except OSError as error:  # only opening it raises one
-            why = f"cannot be read: {error.strerror or error}"
-            yield from ((want, Seen(False, why, opened=False)) for want in wants)
+            seen = self._failed(error)
+            yield from ((want, seen) for want in wants)
+
+    def _failed(self, error: OSError) -> Seen:
+        if is_gone(error):
+            return Seen("gone", "is in a file that is gone")
+        if is_lost(error, self._path):
+            return Seen("damaged", f"cannot be read: {reason(error)}")
+        return Seen("unread", unread(error))
 
     def _checked(self, wants: Sequence[Want]) -> Iterator[tuple[Want, Seen]]:
+        done = 0
         for together in self._windows(wants):
-            first, last = together[0], together[-1]
-            length = last.offset + last.length - first.offset
-            if length > len(self._memory):
-                yield first, self._guarded(first, self._streamed)
-                continue
-            window = self._memory[:length]
-            try:
-                self._fill(window, first.offset)
-            except SourceError:  # which of them it is shows when they are read one by one
-                yield from ((want, self._guarded(want, self._streamed)) for want in together)
-                continue
-            for want in together:
-                start = want.offset - first.offset
-                part = window[start : start + want.length]
-                yield want, self._guarded(want, partial(_feed, part))
-            self._advance(length)
+            seen = self._together(together)
+            yield from zip(together, seen, strict=True)
+            done += len(together)
+            if seen[-1].outcome in ("gone", "unread"):  # what is asked next would wait as long, and learn as little
+                yield from ((want, seen[-1]) for want in wants[done:])
+                return
+
+    def _together(self, wants: Sequence[Want]) -> list[Seen]:
+        """Check stretches that lie together."""
+        first, last = wants[0], wants[-1]
+        length = last.offset + last.length - first.offset
+        if length > len(self._memory):
+            return [self._guarded(first, self._streamed)]
+        window = self._memory[:length]
+        try:
+            self._fill(window, first.offset)
+        except SourceError as error:
+            seen = self._failed(error)
+            if seen.outcome != "damaged":
+                return [seen] * len(wants)
+            return [self._guarded(want, self._streamed) for want in wants]  # one by one, it shows which of them it is
+        starts = [want.offset - first.offset for want in wants]
+        parts = [window[start : start + want.length] for start, want in zip(starts, wants, strict=True)]
+        found = [self._guarded(want, partial(_feed, part)) for want, part in zip(wants, parts, strict=True)]
+        self._advance(length)
+        return found
 
     def _fill(self, memory: memoryview, offset: int) -> None:
         """Read as many bytes as there is memory for.
@@ -155,7 +175,7 @@ class _Worker:
             fill(check)
             return check.end()
         except SourceError as error:
-            return Seen(False, f"cannot be read: {error.strerror or error}")
+            return self._failed(error)
 
     def _streamed(self, check: BlobCheck) -> None:
         want = check.want

@@ -18,9 +18,11 @@ from tailor_dcp.errors import DamagedSourceError, LoadError
 from tailor_dcp.file_marks import mark_of
 from tailor_dcp.inspection import OTHER
 from tailor_dcp.raw_stretch import is_raw
-from tailor_dcp.stores import is_remote, sizes
+from tailor_dcp.store_path import reason
+from tailor_dcp.stores import is_remote, stats
 from tailor_dcp.units import Unit
 from tailor_dcp.verifying.blob_checks import Want
+from tailor_dcp.verifying.failures import is_gone, is_lost, unread
 from tailor_dcp.verifying.findings import Finding, State
 from tailor_dcp.verifying.structure import Problem, stretch_problem
 
@@ -77,9 +79,9 @@ class CheckpointCheck:
     unverifiable_bytes: int = 0
 
     @property
-    def is_damaged(self) -> bool:
-        """Whether anything was found to be wrong."""
-        return any(finding.state == "damaged" for finding in self.findings)
+    def is_doubtful(self) -> bool:
+        """Whether anything was found to be wrong, or could not be read."""
+        return any(finding.state == "damaged" or finding.undecided for finding in self.findings)
 
     @cached_property
     def contents(self) -> Contents:
@@ -130,14 +132,14 @@ class CheckpointCheck:
         layer, kind = self._unit_names(problem.key)
         self.findings.append(
             Finding(
-                self.name,
-                problem.state,
-                problem.what,
-                problem.file,
-                layer,
-                kind,
-                problem.key,
-                problem.chunk,
+                checkpoint=self.name,
+                state=problem.state,
+                what=problem.what,
+                file=problem.file,
+                layer=layer,
+                kind=kind,
+                key=problem.key,
+                chunk=problem.chunk,
             )
         )
 
@@ -149,24 +151,27 @@ class CheckpointCheck:
         layer, kind = self._unit_names(key)
         self.findings.append(
             Finding(
-                self.name,
-                "damaged",
-                f"{what[0].upper() if chunk else what[0]}{what[1:]} in {name} {why}.",
-                name,
-                layer,
-                kind,
-                key,
-                None if chunk is None else tuple(chunk),
-                1,
-                part.info.length,
+                checkpoint=self.name,
+                state="damaged",
+                what=f"{what[0].upper() if chunk else what[0]}{what[1:]} in {name} {why}.",
+                file=name,
+                layer=layer,
+                kind=kind,
+                key=key,
+                chunk=None if chunk is None else tuple(chunk),
+                blobs=1,
+                bytes=part.info.length,
             )
         )
 
-    def lot(self, parts: Iterable[Part], state: State, what: str, file: str | None = None) -> None:
-        """Note what concerns many blobs: one finding for each unit if they are damaged, else one for all."""
+    def lot(
+        self, parts: Iterable[Part], state: State, what: str, file: str | None = None, *, undecided: bool = False
+    ) -> None:
+        """Note what concerns many blobs: one finding for each unit that is, or may be, damaged, else one for all."""
         by_unit: dict[Unit | None, list[Part]] = {}
         for part in parts:
-            by_unit.setdefault(self.unit(part.at.fqn) if state == "damaged" else None, []).append(part)
+            told = state == "damaged" or undecided
+            by_unit.setdefault(self.unit(part.at.fqn) if told else None, []).append(part)
         for unit, lot in by_unit.items():
             keys = {part.at.fqn for part in lot}
             size = sum(part.info.length for part in lot)
@@ -174,7 +179,24 @@ class CheckpointCheck:
                 self.unverifiable_bytes += size
             layer, kind = (unit.layer, unit.kind) if unit else (None, None)
             key = keys.pop() if len(keys) == 1 else None
-            self.findings.append(Finding(self.name, state, what, file, layer, kind, key, None, len(lot), size))
+            self.findings.append(
+                Finding(
+                    checkpoint=self.name,
+                    state=state,
+                    what=what,
+                    file=file,
+                    layer=layer,
+                    kind=kind,
+                    key=key,
+                    blobs=len(lot),
+                    bytes=size,
+                    undecided=undecided,
+                )
+            )
+
+    def unread(self, parts: Iterable[Part], file: str, why: str) -> None:
+        """Note that blobs of a file could not be read, which says nothing about them."""
+        self.lot(parts, "unverifiable", f"{file} {why}.", file, undecided=True)
 
     def _unit_names(self, key: str | None) -> tuple[str | None, str | None]:
         unit = self.unit(key)
@@ -189,17 +211,25 @@ class CheckpointCheck:
             parts.setdefault(part.info.relative_path, []).append(part)
         paths = {name: path for name in parts if (path := self._inside(name, parts[name])) is not None}
         found: dict[str, Place] = {}
-        for (name, path), size in zip(paths.items(), sizes(list(paths.values())), strict=True):
-            needed = max(part.info.offset + part.info.length for part in parts[name])
-            identity = _identity(path) if size is not None else None
-            if size is None or identity is None:
+        for (name, path), status in zip(paths.items(), stats(list(paths.values())), strict=True):
+            if status is None:
                 self.lot(parts[name], "damaged", f"{name} is missing, or is no file.", name)
                 continue
+            if isinstance(status, OSError):
+                self._unreachable(parts[name], name, path, status)
+                continue
+            needed, size = max(part.info.offset + part.info.length for part in parts[name]), status.st_size
             if size < needed:
                 cut = [part for part in parts[name] if part.info.offset + part.info.length > size]
                 self.lot(cut, "damaged", f"{name} has {size} bytes where {needed} are needed: it was cut off.", name)
-            found[name] = Place(name, path, identity, size)
+            found[name] = Place(name, path, str(path) if is_remote(path) else (status.st_dev, status.st_ino), size)
         return found
+
+    def _unreachable(self, parts: list[Part], name: str, path: Path, error: OSError) -> None:
+        if is_lost(error, path):
+            self.lot(parts, "damaged", f"{name} cannot be read: {reason(error)}.", name)
+        else:
+            self.unread(parts, name, unread(error))
 
     def _inside(self, name: str, parts: list[Part]) -> Path | None:
         try:
@@ -231,7 +261,11 @@ class CheckpointCheck:
                 return
             records = [record for record in archived_in(place.path) if record.crc]
         except DamagedSourceError as error:
-            self.lot(parts, "damaged", str(error), name)
+            cause = error.__cause__
+            if isinstance(cause, OSError) and not is_gone(cause):
+                self._unreachable(parts, name, place.path, cause)
+            else:
+                self.lot(parts, "damaged", str(error), name)
             return
         covered = {id(part): wants for part in parts if (wants := _covering(records, part.info))}
         yield from ((part, covered[id(part)]) for part in parts if id(part) in covered)
@@ -275,13 +309,3 @@ def _want(
 
 def _elements(chunk: ChunkStorageMetadata) -> int:
     return chunk.sizes.numel()
-
-
-def _identity(path: Path) -> FileId | None:
-    if is_remote(path):
-        return str(path)
-    try:
-        status = path.stat()
-    except OSError:  # removed since it was looked at
-        return None
-    return status.st_dev, status.st_ino

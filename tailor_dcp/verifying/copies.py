@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from tailor_dcp.amounts import counted, size
 from tailor_dcp.base import Base
 from tailor_dcp.carry import CARRIED
-from tailor_dcp.verifying.blob_checks import Seen, Want
 from tailor_dcp.verifying.checkpoint_check import FileId, Place
-
-Stretch = tuple[int, int]
-"""The first byte and the number of bytes."""
+from tailor_dcp.verifying.outcomes import Outcomes, Stretch
 
 
 class _Written(NamedTuple):
@@ -30,11 +27,13 @@ class Odd(NamedTuple):
         folder: the checkpoint.
         name: the file, as the checkpoint calls it.
         stretches: the blobs that differ.
+        decided: whether most checkpoints have other bytes there; if not, nothing tells which of them are right.
     """
 
     folder: Path
     name: str
     stretches: frozenset[Stretch]
+    decided: bool
 
 
 class Copies:
@@ -59,28 +58,28 @@ class Copies:
             if carried and base.record is not None and base.record.carry == "link":
                 self._linked.add(written)
 
-    def odd(self, seen: Mapping[FileId, Mapping[Want, Seen]]) -> Iterator[Odd]:
+    def odd(self, outcomes: Outcomes) -> Iterator[Odd]:
         """Yield what differs among copies though its own checksums agree: a file was put in the place of another.
 
-        What most copies have is right; where there is no such majority, none is taken for right.
+        What most checkpoints have is right; where there is no such majority, none is taken for right or for wrong.
 
         Args:
-            seen: what came of each file's blobs.
+            outcomes: what came of each file's blobs.
         """
         for copies in self._homes.values():
             if len(copies) < 2:
                 continue
             marks: dict[Stretch, dict[int, set[FileId]]] = {}
             for file in copies:
-                for want, found in seen.get(file, {}).items():
-                    if found.good and found.mark is not None:
-                        marks.setdefault((want.offset, want.length), {}).setdefault(found.mark, set()).add(file)
-            odd: dict[FileId, set[Stretch]] = {}
+                for stretch, mark in outcomes.marks(file):
+                    marks.setdefault(stretch, {}).setdefault(mark, set()).add(file)
+            odd: dict[tuple[FileId, bool], set[Stretch]] = {}
             for stretch, groups in marks.items():
-                for file in _minority(list(groups.values())):
-                    odd.setdefault(file, set()).add(stretch)
-            for file, stretches in odd.items():
-                yield from (Odd(folder, name, frozenset(stretches)) for folder, name in copies[file].items())
+                files, decided = _minority(list(groups.values()), copies)
+                for file in files:
+                    odd.setdefault((file, decided), set()).add(stretch)
+            for (file, decided), stretches in odd.items():
+                yield from (Odd(folder, name, frozenset(stretches), decided) for folder, name in copies[file].items())
 
     def lost_links(self) -> Iterator[str]:
         """Yield a sentence if files are there several times that were one."""
@@ -94,10 +93,11 @@ class Copies:
             )
 
 
-def _minority(groups: list[set[FileId]]) -> set[FileId]:
-    """Return the files that are not in the one largest group; all of them if there are several."""
-    most = max(map(len, groups))
-    right = [group for group in groups if len(group) == most]
+def _minority(groups: list[set[FileId]], copies: Mapping[FileId, Collection[Path]]) -> tuple[set[FileId], bool]:
+    """Return the files that are not in the group which most checkpoints have, or all where no group is that."""
     if len(groups) == 1:
-        return set()
-    return set().union(*(group for group in groups if len(right) > 1 or group is not right[0]))
+        return set(), True
+    votes = [sum(len(copies[file]) for file in group) for group in groups]
+    right = [group for group, count in zip(groups, votes, strict=True) if count == max(votes)]
+    decided = len(right) == 1
+    return set().union(*(group for group in groups if not decided or group is not right[0])), decided

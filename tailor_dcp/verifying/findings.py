@@ -24,6 +24,8 @@ class Finding:
         chunk: where in that tensor its chunk begins, one number a dimension.
         blobs: stretches of files that it concerns.
         bytes: how many bytes these have.
+        undecided: of what is unverifiable, whether it may well be damaged: it could not be read, or it contradicts
+            something else and nothing tells which of the two is right. What merely has no checksum is not that.
     """
 
     checkpoint: str
@@ -36,6 +38,7 @@ class Finding:
     chunk: tuple[int, ...] | None = None
     blobs: int = 0
     bytes: int = 0
+    undecided: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Verdict:
         files: data files that it refers to.
         blobs: stretches of these that it needs.
         bytes: bytes of these.
-        unverifiable_bytes: how many of these have no checksum.
+        unverifiable_bytes: of how many of these nothing tells whether they are right.
     """
 
     name: str
@@ -93,8 +96,8 @@ class Verification:
 
     @property
     def state(self) -> State:
-        """The worst of all checkpoints' states."""
-        return worst([verdict.state for verdict in self.checkpoints])
+        """The worst of all checkpoints' states, and of what could not be looked into."""
+        return worst([*(one.state for one in self.checkpoints), *(one.state for one in self.findings)])
 
     @property
     def damaged(self) -> tuple[Finding, ...]:
@@ -105,6 +108,11 @@ class Verification:
     def unverifiable(self) -> tuple[Finding, ...]:
         """What could not be checked."""
         return tuple(finding for finding in self.findings if finding.state == "unverifiable")
+
+    @property
+    def undecided(self) -> tuple[Finding, ...]:
+        """What may be damaged, and could not be read or not be told from what is right."""
+        return tuple(finding for finding in self.findings if finding.undecided)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain builtins, for ``--json``."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from tailor_dcp.base import Base
+from tailor_dcp.location import real
 from tailor_dcp.verifying.findings import Verdict
 
 
@@ -17,12 +18,12 @@ class Kept:
 
     Attributes:
         verdict: the verdict, before its findings are counted.
-        saved_as: what its folder was called when it was saved.
+        saved_as: what its folder was called when it was saved, where that is not what it is called now.
         origins: folder and save of whatever it carries from.
     """
 
     verdict: Verdict
-    saved_as: str
+    saved_as: str = ""
     origins: frozenset[tuple[str, str]] = frozenset()
 
 
@@ -35,7 +36,8 @@ def kept(base: Base, verdict: Verdict) -> Kept:
     saved_as = PurePosixPath(str(meta.checkpoint_id or "")).name if meta else ""
     above = verdict.name.removesuffix(base.location.name)  # of its run, where that is one of several
     named = frozenset((above + one.folder, one.save_id) for one in origins)
-    return Kept(verdict, saved_as or base.location.folder.name, named)
+    now = {PurePosixPath(verdict.name).name, real(base.location.folder).name}  # a link is no other name of its own
+    return Kept(verdict, "" if saved_as in now else saved_as, named)
 
 
 def oddities(checkpoints: Sequence[Kept]) -> Iterator[str]:
@@ -47,8 +49,9 @@ def oddities(checkpoints: Sequence[Kept]) -> Iterator[str]:
         yield f"{', '.join(names)} have the metadata of one save: all but one are copies of it."
     for one in checkpoints:
         name = one.verdict.name
-        if one.saved_as != PurePosixPath(name).name:
+        if one.saved_as:
             yield f"{name} was saved as {one.saved_as}: it was renamed or copied, or its .metadata is another's."
         for folder, save_id in sorted(one.origins):
-            if folder != name and saves.get(folder, save_id) != save_id:
+            other = saves.get(folder)  # none of what could not be read
+            if folder != name and other and other != save_id:
                 yield f"{folder} was saved again since {name} carried from it; {name} keeps what it carried."

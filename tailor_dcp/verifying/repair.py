@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -11,11 +11,16 @@ import yaml
 from tailor_dcp.base import Base
 from tailor_dcp.inspection import OTHER, unit_records
 from tailor_dcp.metadata.record import Origin
+from tailor_dcp.names import literal
 from tailor_dcp.units import STEP, WEIGHT, Unit
 from tailor_dcp.verifying.findings import Finding, Verdict
+from tailor_dcp.visible import visible
 
-Damaged = frozenset[Unit] | None
-"""The units of a checkpoint that are damaged; None if its metadata is, so that nothing of it can be believed."""
+Units = frozenset[Unit] | None
+"""Some of a checkpoint's units; None for all, as where its metadata is damaged and nothing of it can be believed."""
+
+HEAD = "# A repair plan of `tailor verify` for "
+"""What every plan's file begins with; the checkpoint's path follows."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class RepairPlan:
 
     Attributes:
         checkpoint: its name.
+        path: its folder.
         base: the checkpoint that everything else comes from; None if no other one is whole.
         taken: what comes from others.
         lost: what no checkpoint has any more, so that an older one is taken as a whole.
@@ -50,6 +56,7 @@ class RepairPlan:
     """
 
     checkpoint: str
+    path: str
     base: str | None
     taken: tuple[Taken, ...]
     lost: tuple[str, ...]
@@ -61,12 +68,15 @@ class RepairPlan:
 
     def yaml(self) -> str:
         """Return the recipe as a file has it."""
-        return "".join(f"# {line}\n" for line in self.lines()) + yaml.safe_dump(
-            self.recipe, sort_keys=False, default_flow_style=None
-        )
+        comments = [f"{HEAD}{visible(self.path, lines=False)}", *(f"# {line}" for line in self.lines())]
+        recipe = yaml.safe_dump(self.recipe, sort_keys=False, default_flow_style=None)
+        return "".join(f"{line}\n" for line in comments) + recipe
 
     def lines(self) -> Iterator[str]:
-        """Yield what the plan is, a sentence a line."""
+        """Yield what the plan is, a sentence a line: no name that it tells goes on to another line."""
+        return (visible(line, lines=False) for line in self._sentences())
+
+    def _sentences(self) -> Iterator[str]:
         if self.base is None:
             yield f"{self.checkpoint}: no other checkpoint of the run is whole; nothing can be put in its place."
             return
@@ -86,30 +96,56 @@ class RepairPlan:
 
 
 class Candidate(NamedTuple):
-    """A checkpoint that something may be taken from.
+    """What is to be known of a checkpoint that something may be taken from, or put into.
 
     Attributes:
-        base: the checkpoint.
+        name: what a recipe calls it.
         time: when it was saved.
-        damaged: what of it is damaged.
+        step: its step, -1 if none is known.
+        tells_time: whether it is known when it was saved; its file's time is that of the last copying.
+        damaged: which of its units are damaged.
+        unusable: those, and which of its units may be damaged as far as could be seen.
+        origins: where the values of each of its units come from.
+        ties: units that must come from one checkpoint, as parameters of theirs are tied.
     """
 
-    base: Base
+    name: str
     time: float
-    damaged: Damaged
+    step: int
+    tells_time: bool
+    damaged: Units
+    unusable: Units
+    origins: Mapping[Unit, Origin]
+    ties: tuple[frozenset[Unit], ...]
 
-    @property
-    def name(self) -> str:
-        """What a recipe calls it."""
-        return str(self.base.location.folder)
+
+def candidate(base: Base, time: float, findings: Sequence[Finding]) -> Candidate:
+    """Return a checkpoint as something to take from.
+
+    Args:
+        base: the checkpoint.
+        time: when it was saved.
+        findings: what was found out about it.
+    """
+    records = unit_records(base)
+    unit_of = {key: unit for unit, held in records.items() for key in held.keys}
+    ties = base.record.ties if base.record else ()
+    return Candidate(
+        name=str(base.location.folder),
+        time=time,
+        step=-1 if base.origin.step is None else base.origin.step,
+        tells_time=base.record is not None,
+        damaged=_units(finding for finding in findings if finding.state == "damaged"),
+        unusable=_units(finding for finding in findings if finding.state == "damaged" or finding.undecided),
+        origins={**{unit: held.origin for unit, held in records.items()}, OTHER: base.origin},
+        ties=tuple(frozenset(unit_of[key] for key in tie if key in unit_of) for tie in ties),
+    )
 
 
-def damaged_units(findings: Iterable[Finding], checkpoint: str) -> Damaged:
-    """Return which units of a checkpoint the findings say to be damaged."""
+def _units(findings: Iterable[Finding]) -> Units:
+    """Return the units that findings are about."""
     units: set[Unit] = set()
     for finding in findings:
-        if finding.checkpoint != checkpoint or finding.state != "damaged":
-            continue
         if finding.layer is not None and finding.kind is not None:
             units.add(Unit(finding.layer, finding.kind))
         elif finding.blobs or finding.key is not None:
@@ -119,28 +155,22 @@ def damaged_units(findings: Iterable[Finding], checkpoint: str) -> Damaged:
     return frozenset(units)
 
 
-def units_to_take(base: Base, damaged: frozenset[Unit]) -> list[frozenset[Unit]]:
+def units_to_take(mine: Candidate) -> list[frozenset[Unit]]:
     """Return the units that must come from elsewhere, in groups of which each comes from one checkpoint.
 
     The moments of a layer belong together, and so do parameters that are tied.
     """
-    records = unit_records(base)
-    unit_of = {key: unit for unit, held in records.items() for key in held.keys}
-    groups = [frozenset(unit for unit in records if _belongs(unit, one)) | {one} for one in damaged]
-    ties = base.record.ties if base.record else ()
-    for tie in ties:
-        tied = frozenset(unit_of[key] for key in tie if key in unit_of)
-        if any(tied & group for group in groups):
-            groups.append(tied)
-    joined: list[frozenset[Unit]] = []
-    for group in groups:
-        apart = [other for other in joined if not other & group]
-        joined = [*apart, group.union(*(other for other in joined if other & group))]
-    return sorted(joined, key=sorted)
-
-
-def _belongs(unit: Unit, other: Unit) -> bool:
-    return unit == other or (unit.layer == other.layer and WEIGHT not in (unit.kind, other.kind))
+    moments: dict[str, set[Unit]] = {}
+    for unit in mine.origins:
+        if unit.kind != WEIGHT:
+            moments.setdefault(unit.layer, set()).add(unit)
+    damaged = mine.damaged or frozenset()
+    lots = [{one} if one.kind == WEIGHT else {one, *moments.get(one.layer, ())} for one in damaged]
+    group_of: dict[Unit, set[Unit]] = {}
+    for lot in (*mine.ties, *lots):
+        joined = set(lot).union(*(group_of[unit] for unit in lot if unit in group_of))
+        group_of.update(dict.fromkeys(joined, joined))
+    return sorted({frozenset(group_of[unit]) for unit in damaged}, key=sorted)
 
 
 def plan(mine: Candidate | None, verdict: Verdict, others: Sequence[Candidate]) -> RepairPlan:
@@ -151,84 +181,68 @@ def plan(mine: Candidate | None, verdict: Verdict, others: Sequence[Candidate]) 
         verdict: what came of it.
         others: all other checkpoints of its run and series whose metadata can be read and believed.
     """
-    name = verdict.name
     newest = _newest_first(others)
     older = [other for other in newest if _is_older(other, mine, verdict)]
-    whole = next((other for other in older if other.damaged == frozenset()), None)
+    whole = next((other for other in older if other.unusable == frozenset()), None)
     if mine is None or mine.damaged is None:
-        return _instead(name, whole, (".metadata",))
+        return _instead(verdict, whole, (".metadata",))
     taken: list[tuple[frozenset[Unit], Candidate, bool]] = []
     lost: list[str] = []
-    for group in units_to_take(mine.base, mine.damaged):
-        found = _source(group, mine.base, newest, older)
+    for group in units_to_take(mine):
+        found = _source(group, mine, newest, older)
         if found is None:
             lost.append(", ".join(map(str, sorted(group))))
         else:
             taken.append((group, *found))
     if lost:
-        return _instead(name, whole, tuple(lost))
+        return _instead(verdict, whole, tuple(lost))
     takes = tuple(take for group, source, same in taken for take in _takes(group, source, same))
-    return RepairPlan(name, mine.name, takes, (), _recipe(mine.name, takes))
+    return RepairPlan(verdict.name, verdict.path, mine.name, takes, (), _recipe(mine.name, takes))
 
 
 def _newest_first(others: Sequence[Candidate]) -> list[Candidate]:
-    told = all(_tells_time(other) for other in others)
-    return sorted(others, key=lambda other: (0 if told else _step(other), other.time), reverse=True)
+    told = all(other.tells_time for other in others)
+    return sorted(others, key=lambda other: (0 if told else other.step, other.time), reverse=True)
 
 
 def _is_older(other: Candidate, mine: Candidate | None, verdict: Verdict) -> bool:
-    told = mine is not None and _tells_time(mine) and _tells_time(other)
-    if told or verdict.step is None or _step(other) < 0:
+    told = mine is not None and mine.tells_time and other.tells_time
+    if told or verdict.step is None or other.step < 0:
         return other.time < verdict.time
-    return _step(other) < verdict.step
+    return other.step < verdict.step
 
 
-def _tells_time(one: Candidate) -> bool:
-    """Tell whether it is known when a checkpoint was saved; its file's time is that of the last copying."""
-    return one.base.record is not None
-
-
-def _step(one: Candidate) -> int:
-    return -1 if one.base.origin.step is None else one.base.origin.step
-
-
-def _instead(name: str, whole: Candidate | None, lost: tuple[str, ...]) -> RepairPlan:
+def _instead(verdict: Verdict, whole: Candidate | None, lost: tuple[str, ...]) -> RepairPlan:
     base = whole.name if whole else None
-    return RepairPlan(name, base, (), lost, {"base": base} if base else None)
+    return RepairPlan(verdict.name, verdict.path, base, (), lost, {"base": base} if base else None)
 
 
 def _source(
-    group: frozenset[Unit], base: Base, newest: Sequence[Candidate], older: Sequence[Candidate]
+    group: frozenset[Unit], mine: Candidate, newest: Sequence[Candidate], older: Sequence[Candidate]
 ) -> tuple[Candidate, bool] | None:
     """Return where units come from: the very values if anybody has them, else the newest older ones."""
-    wanted = _saves(base, group)
-    intact = [other for other in newest if other.damaged is not None and not other.damaged & group]
-    for other in intact:
-        if wanted is not None and _saves(other.base, group) == wanted:
+    wanted = _saves(mine, group)
+    for other in newest if wanted is not None else ():
+        if _is_intact(other, group) and _saves(other, group) == wanted:
             return other, True
-    return next(((other, False) for other in older if other in intact and _origins(other.base, group)), None)
+    found = (other for other in older if _is_intact(other, group) and group <= other.origins.keys())
+    return next(((other, False) for other in found), None)
 
 
-def _origins(base: Base, group: frozenset[Unit]) -> dict[Unit, Origin] | None:
-    """Return the origins of units; None if the checkpoint does not have all of them."""
-    records = unit_records(base)
-    found = {unit: records[unit].origin for unit in group if unit in records}
-    if OTHER in group:
-        found[OTHER] = base.origin
-    return found if len(found) == len(group) else None
+def _is_intact(one: Candidate, group: frozenset[Unit]) -> bool:
+    return one.unusable is not None and one.unusable.isdisjoint(group)
 
 
-def _saves(base: Base, group: frozenset[Unit]) -> dict[Unit, str] | None:
+def _saves(one: Candidate, group: frozenset[Unit]) -> dict[Unit, str] | None:
     """Return the saves whose values units have; None if that is not known of all of them."""
-    saves = {unit: origin.save_id for unit, origin in (_origins(base, group) or {}).items()}
-    return saves if saves and all(saves.values()) else None
+    saves = {unit: one.origins[unit].save_id for unit in group if unit in one.origins}
+    return saves if len(saves) == len(group) and all(saves.values()) else None
 
 
 def _takes(group: frozenset[Unit], source: Candidate, same: bool) -> Iterator[Taken]:
-    origins = _origins(source.base, group) or {}
     for layer in dict.fromkeys(unit.layer for unit in sorted(group)):
         units = sorted(unit for unit in group if unit.layer == layer)
-        steps = [origins[unit].step for unit in units if unit in origins]
+        steps = [source.origins[unit].step for unit in units]
         kinds = tuple(unit.kind for unit in units if unit.kind != STEP) or (STEP,)  # it goes with the moments
         name = None if layer == OTHER.layer else layer
         yield Taken(name, kinds if name else (), source.name, steps[0] if steps else None, same)
@@ -243,5 +257,6 @@ def _recipe(base: str, takes: Sequence[Taken]) -> dict[str, Any]:
         else:
             layers.setdefault(take.layer, []).append({"from": take.source, "kinds": list(take.kinds)})
     if layers:
-        recipe["layers"] = {layer: found[0] if len(found) == 1 else found for layer, found in layers.items()}
+        one = {layer: found[0] if len(found) == 1 else found for layer, found in layers.items()}
+        recipe["layers"] = {literal(layer): found for layer, found in one.items()}  # merge takes them for globs
     return recipe

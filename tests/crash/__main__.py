@@ -30,8 +30,12 @@ from tests.crash.stage import Stage
 from tests.crash.theatre import LawBrokenError, Theatre
 from tests.crash.trials import FAULTS, LOADS, count, interrupt, kill, load, lose_power, refuse
 
-_SHARES = {"kill": 0.45, "power": 0.15, "refuse": 0.25, "interrupt": 0.05, "load": 0.1}
+_SHARES = {"daemon": 0.2, "kill": 0.32, "power": 0.12, "refuse": 0.2, "interrupt": 0.08, "load": 0.08}
 """The part of the time that each kind of trial has; what one leaves is the next one's."""
+_DEATHS = {"kills": Action.KILL, "torn": Action.TEAR, "nodes": Action.NODE, "orphans": Action.ORPHAN}
+"""What happens to a rank, by where it is counted."""
+_SAMPLE = 12
+"""How many calls of a daemon's single rank are tried in each of these ways; of two ranks a quarter, for each."""
 
 
 @dataclass
@@ -41,6 +45,8 @@ class Row:
     Attributes:
         calls: how many calls of each rank change something.
         kills: kill points: a rank and its n-th call, each counted once.
+        nodes: calls at which a rank died together with its daemon.
+        orphans: calls at which a rank died and its daemon went on.
         torn: writes of which half was made before the kill.
         power: different disks that a loss of power may leave.
         faults: calls that were refused, fell short or waited.
@@ -54,6 +60,8 @@ class Row:
 
     calls: list[int] = field(default_factory=list)
     kills: int = 0
+    nodes: int = 0
+    orphans: int = 0
     torn: int = 0
     power: int = 0
     faults: int = 0
@@ -110,31 +118,40 @@ class Tour:
             print(error, file=sys.stderr, flush=True)
         row.seconds += time.monotonic() - start
 
-    def _repeat(self) -> bool:
-        return self._draw.random() < self._again
+    def _repeat(self, name: str) -> bool:
+        share = self._again / 3 if ALL[name].daemon else self._again
+        return self._draw.random() < share
 
     # Each yields trials by the name of their scenario -----------------------------------------------------------
 
+    def _daemons(self) -> Iterator[tuple[str, Callable[[Row], None]]]:
+        """Each takes seconds, so it is a sample however long there is; of two ranks fewer."""
+        for name in [name for name, scenario in ALL.items() if scenario.daemon]:
+            self.rows.setdefault(name, Row()).calls = list(self._theatre.baseline(name).calls)
+            calls = self._theatre.baseline(name).calls
+            for rank, number in enumerate(calls):
+                for kind in _DEATHS:
+                    last = number // 3 if kind == "torn" else number
+                    chosen = self._draw.sample(range(1, last + 1), min(last, _SAMPLE // len(calls) ** 2))
+                    yield from ((name, self._killing(name, at, rank, kind)) for at in chosen)
+            faults = self._draw.sample(list(FAULTS), 6 // len(calls))
+            yield from ((name, self._refusing(name, fault, 1)) for fault in faults)
+
     def _kills(self) -> Iterator[tuple[str, Callable[[Row], None]]]:
         for name, scenario in ALL.items():
-            if scenario.rivals:
+            if scenario.rivals or scenario.daemon:
                 continue
             row = self.rows.setdefault(name, Row())
             row.calls = list(self._theatre.baseline(name).calls)
             for rank, calls in enumerate(row.calls):
-                yield from ((name, self._killing(name, at, rank)) for at in range(1, calls + 1))
+                yield from ((name, self._killing(name, at, rank, "kills")) for at in range(1, calls + 1))
                 # About a third of the calls write; beyond the last one nothing happens, and nothing is counted.
-                yield from ((name, self._tearing(name, at, rank)) for at in range(1, calls // 3 + 1))
+                yield from ((name, self._killing(name, at, rank, "torn")) for at in range(1, calls // 3 + 1))
 
-    def _killing(self, name: str, at: int, rank: int) -> Callable[[Row], None]:
+    def _killing(self, name: str, at: int, rank: int, kind: str) -> Callable[[Row], None]:
         def trial(row: Row) -> None:
-            row.kills += kill(self._theatre, name, at, rank, again=self._repeat()) is not None
-
-        return trial
-
-    def _tearing(self, name: str, at: int, rank: int) -> Callable[[Row], None]:
-        def trial(row: Row) -> None:
-            row.torn += kill(self._theatre, name, at, rank, Action.TEAR, again=self._repeat()) is not None
+            where = kill(self._theatre, name, at, rank, _DEATHS[kind], self._repeat(name))
+            setattr(row, kind, getattr(row, kind) + (where is not None))
 
         return trial
 
@@ -148,24 +165,23 @@ class Tour:
         yield from ((name, losing(name)) for name, scenario in ALL.items() if not scenario.rivals)
 
     def _refuses(self) -> Iterator[tuple[str, Callable[[Row], None]]]:
-        def refusing(name: str, fault: str) -> Callable[[Row], None]:
-            def trial(row: Row) -> None:
-                for rank, calls in enumerate(count(self._theatre, name, FAULTS[fault])):
-                    for at in self._draw.sample(range(1, calls + 1), min(4, calls)):
-                        again = self._repeat()
-                        row.failed += refuse(self._theatre, name, FAULTS[fault], at, rank, again)
-                        row.faults += 1
-
-            return trial
-
         for name, scenario in ALL.items():
-            if not scenario.rivals:
-                yield from ((name, refusing(name, fault)) for fault in FAULTS)
+            if not scenario.rivals and not scenario.daemon:
+                yield from ((name, self._refusing(name, fault, 4)) for fault in FAULTS)
+
+    def _refusing(self, name: str, fault: str, calls: int) -> Callable[[Row], None]:
+        def trial(row: Row) -> None:
+            for rank, number in enumerate(count(self._theatre, name, FAULTS[fault])):
+                for at in self._draw.sample(range(1, number + 1), min(calls, number)):
+                    row.failed += refuse(self._theatre, name, FAULTS[fault], at, rank, self._repeat(name))
+                    row.faults += 1
+
+        return trial
 
     def _interrupts(self) -> Iterator[tuple[str, Callable[[Row], None]]]:
-        def interrupting(name: str, at: int) -> Callable[[Row], None]:
+        def interrupting(name: str, at: int, first: int) -> Callable[[Row], None]:
             def trial(row: Row) -> None:
-                interrupt(self._theatre, name, at)
+                interrupt(self._theatre, name, at, first)
                 row.interrupted += 1
 
             return trial
@@ -173,8 +189,8 @@ class Tour:
         for name, scenario in ALL.items():
             if scenario.rivals:
                 self.rows.setdefault(name, Row()).calls = list(self._theatre.baseline(name).calls)
-                calls = self._theatre.baseline(name).calls[0]
-                yield from ((name, interrupting(name, at)) for at in range(1, calls + 1))
+                for first, calls in enumerate(self._theatre.baseline(name).calls):
+                    yield from ((name, interrupting(name, at, first)) for at in range(1, calls + 1))
 
     def _loads(self) -> Iterator[tuple[str, Callable[[Row], None]]]:
         def loading(name: str) -> Callable[[Row], None]:
@@ -190,7 +206,8 @@ class Tour:
 
 # What it says ---------------------------------------------------------------------------------------------------
 
-_COLUMNS = ("kills", "torn", "power", "faults", "failed", "interrupted", "loads", "failed_loads")
+_WIDE = 160
+_COLUMNS = ("kills", "torn", "nodes", "orphans", "power", "faults", "failed", "interrupted", "loads", "failed_loads")
 
 
 def summary(rows: dict[str, Row]) -> dict[str, int]:
@@ -208,7 +225,7 @@ def _show(rows: dict[str, Row]) -> None:
     sums = summary(rows)
     table.add_section()
     table.add_row("all", "", *(str(sums[column]) for column in _COLUMNS), str(sums["laws_broken"]), "")
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
 
 
 def _write(path: Path, rows: dict[str, Row], told: dict[str, Any]) -> None:

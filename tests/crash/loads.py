@@ -156,7 +156,8 @@ def _refused(fault: str) -> Callable[[Path, int, Any], Operation]:
 
     def ready(root: Path, rank: int, group: Any) -> Operation:
         action, error, lasting = FAULTS[fault]
-        classes = Calls.READ if action in (Action.SHORT, Action.END) else _READS
+        # No stat is ever interrupted, says POSIX.
+        classes = Calls.READ if action in (Action.SHORT, Action.END) or error == errno.EINTR else _READS
         victim = group is None or rank == dist.get_world_size(group) - 1
         plan, folder = root.parent / f"{root.name}-plan{rank}", root / _STEP
         _FOLDER.append(folder)

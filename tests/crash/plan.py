@@ -8,11 +8,14 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from pathlib import Path
 
 _SOURCE = Path(__file__).with_name("shim.c")
+_INHERITED = "CRASH_PLAN"
 _MISSING = "there is no C compiler (cc), or no LD_PRELOAD on this system"
 
 
@@ -43,6 +46,8 @@ class Action(IntEnum):
     END = 5  # a read finds the end of the file
     WAIT = 6
     PAUSE = 7  # until ``go_on``
+    NODE = 8  # SIGKILL for the rank and all that it has started
+    ORPHAN = 9  # SIGKILL for the rank, whoever made the call; what it has started goes on
 
 
 class _Shared(ctypes.Structure):
@@ -160,3 +165,15 @@ def arm(path: Path) -> None:
 def disarm() -> None:
     """Send the shim to sleep again."""
     ctypes.CDLL(None).shim_disarm()
+
+
+@contextmanager
+def armed(path: Path) -> Iterator[None]:
+    """Have the shim awake in this process for a while, and in all that it starts meanwhile."""
+    os.environ[_INHERITED] = str(path)
+    arm(path)
+    try:
+        yield
+    finally:
+        disarm()
+        del os.environ[_INHERITED]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
@@ -49,6 +51,7 @@ class Scenario:
         ready: does what goes before, and returns the operation itself.
         result: what it makes or changes, below the root.
         untouched: folders of which no byte may change.
+        kept: folders whose files may change, and that stay checkpoints of the same values all the same.
         makes_new: whether it refuses to write what is there already.
         saves: what each folder may hold that is saved to.
         ranks: processes that do it together.
@@ -56,6 +59,7 @@ class Scenario:
         linked: whether only ``LayerwiseReader`` can read the result.
         stock: whether DCP's own writer writes it, which for a moment leaves a folder that it overwrites without
             ``.metadata``, and flushes no folder.
+        daemon: whether each rank starts a process of its own for it, which may die as well. That takes seconds.
     """
 
     name: str
@@ -69,6 +73,8 @@ class Scenario:
     rivals: bool = False
     linked: bool = False
     stock: bool = False
+    kept: tuple[str, ...] = ()
+    daemon: bool = False
 
 
 class Save(NamedTuple):
@@ -120,6 +126,10 @@ def _save(after: int, step: int, to: int | None = None, **options: Any) -> Ready
 
 def _save_in_the_background(executor: str) -> Ready:
     def ready(root: Path, rank: int, group: Any) -> Operation:
+        if executor == "process":
+            os.environ["MASTER_ADDR"] = "127.0.0.1"  # where the daemons of all ranks meet; their host has no other name
+            if group is None:  # it wants one, of however few ranks
+                dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         load(group, MODEL, f"{root}/run/step-20")
 
         def operation() -> None:
@@ -156,9 +166,10 @@ def _saves() -> Iterator[Scenario]:
             prepare, ready = steps(10, 20, writer=writer, carry=carry), _save(20, 30, writer=writer, carry=carry)
             yield new(f"save, {writer}, {carry}", prepare, ready, stock=stock)
     prepare = steps(10, 20, writer="layerwise")
-    for ranks in (1, 2):
-        ready = _save_in_the_background("thread")
-        yield new(f"save, thread, {ranks} rank{'s' * (ranks > 1)}", prepare, ready, ranks)
+    for executor in ("thread", "process"):
+        for ranks in (1, 2):
+            name, ready = f"save, {executor}, {ranks} rank{'s' * (ranks > 1)}", _save_in_the_background(executor)
+            yield replace(new(name, prepare, ready, ranks), daemon=executor == "process")
 
 
 # Commands -------------------------------------------------------------------------------------------------------
@@ -197,6 +208,7 @@ def command(main: Callable[[], None], *arguments: str) -> Ready:
 
 _tailor = partial(command, tailor_dcp.cli.main)
 _PICKED = ("--base", "{}/run/step-20", "--take", "model.layers.1={}/run/step-10")
+_COMPACT = ("--compact", "--threshold", "0.3")
 _convert = partial(command, converters_cli.main)
 
 
@@ -239,6 +251,14 @@ def _commands() -> Iterator[Scenario]:
         five = steps(10, 20, 30, 40, 50, policy="parity:groups=3", writer="layerwise", carry=carry)
         pruned = _tailor("prune", "{}/run", "--keep-last", "2")
         yield Scenario(f"prune, {carry}", five, pruned, "run", ("run/step-40", "run/step-50"))
+
+
+def _compactions() -> Iterator[Scenario]:
+    """The first save has all in one file, of which the last two need a part, the last one less."""
+    for carry, more in (("link", ()), ("reference", ("--idle",))):
+        four = steps(10, 20, 30, 40, policy="parity:groups=4", carry=carry)
+        compacted = _tailor("prune", "{}/run", "--keep-last", "2", *_COMPACT, *more)
+        yield Scenario(f"prune, compacting, {carry}", four, compacted, "run", (), kept=("run/step-30", "run/step-40"))
 
 
 def _conversions() -> Iterator[Scenario]:
@@ -288,9 +308,23 @@ def _rivals() -> Iterator[Scenario]:
     both = _in_turn(_save(50, 60, writer="layerwise"), _tailor("prune", "{}/run", "--keep-last", "2"))
     saves = {"run/step-60": Save((10, 20, 30, 40, 50), (60,))}
     yield Scenario("save and prune", five, both, "run/step-60", ("run/step-50",), saves=saves, ranks=2, rivals=True)
+    four = steps(10, 20, 30, 40, policy="parity:groups=4")
+    saves = {"run/step-50": Save((10, 20, 30, 40), (50,))}
+    both = _in_turn(_save(40, 50, writer="layerwise"), _tailor("prune", "{}/run", "--keep-last", "2", *_COMPACT))
+    yield Scenario(
+        "save and compacting prune",
+        four,
+        both,
+        "run/step-50",
+        (),
+        saves=saves,
+        ranks=2,
+        rivals=True,
+        kept=("run/step-40",),
+    )
     prepare = steps(10, 20, policy="full", writer="layerwise")
     merged = _tailor("merge", *_PICKED, "{}/out/merged")
     yield Scenario("two merges", prepare, merged, "out/merged", _OLD, makes_new=True, ranks=2, rivals=True)
 
 
-ALL = {scenario.name: scenario for scenario in (*_saves(), *_commands(), *_conversions(), *_rivals())}
+ALL = {scenario.name: scenario for scenario in (*_saves(), *_commands(), *_compactions(), *_conversions(), *_rivals())}

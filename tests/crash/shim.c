@@ -1,8 +1,9 @@
 /* Between a process and the C library: counts what it asks of the file system below one folder, and at one call kills
  * the process, tears the write, fails, falls short or waits. Everything that changes can be written to a log.
  *
- * Loaded with LD_PRELOAD and asleep until it is given a plan (`shim_arm`, or CRASH_PLAN in the environment): a file
- * that is mapped into all processes that take part, so that whoever made it sees the counts when they are dead.
+ * Loaded with LD_PRELOAD and asleep until it is given a plan (`shim_arm`, or CRASH_PLAN in the environment, for what the
+ * process starts): a file that is mapped into all processes that take part, which count together, so that whoever made
+ * it sees the counts when they are dead.
  *
  * Flushing is never carried out below the folder. No process can tell whether it was; what a loss of power would
  * leave is worked out from the log, which has every flush.
@@ -31,7 +32,7 @@
 #include <unistd.h>
 
 enum { MAKE = 1, DATA = 2, FLUSH = 4, READ = 8, LOOK = 16, CLOSE = 32, REMOVE = 64 }; /* classes of calls; plan.py has them too */
-enum { PASS = 0, KILL = 1, TEAR = 2, FAIL = 3, SHORT = 4, EOF_ = 5, WAIT = 6, PAUSE = 7 };
+enum { PASS = 0, KILL = 1, TEAR = 2, FAIL = 3, SHORT = 4, EOF_ = 5, WAIT = 6, PAUSE = 7, NODE = 8, ORPHAN = 9 };
 enum { CREATE = 1, WRITE, TRUNCATE, LINK, RENAME, UNLINK, MKDIR, RMDIR, SYMLINK, SYNC, TIMES };
 
 struct plan {
@@ -133,11 +134,21 @@ static void resolve(int folder, const char *path, char *out) {
 
 /* What happens ---------------------------------------------------------------------------------------------------- */
 
-static void die(void) {
+static void kill_for_good(pid_t whom) {
     for (;;) {
-        syscall(SYS_kill, getpid(), SIGKILL);
+        syscall(SYS_kill, whom, SIGKILL);
         syscall(SYS_sched_yield);
     }
+}
+
+static void die(void) { kill_for_good(getpid()); }
+
+/* The rank leads the process group, of itself and of what it has started. */
+static void die_together(void) { kill_for_good(0); }
+
+static void bereave(void) {
+    if (getpgrp() == getpid()) die();
+    syscall(SYS_kill, getpgrp(), SIGKILL);
 }
 
 /* Count a call; return what shall happen to it, with errno set where it shall fail. */
@@ -149,6 +160,8 @@ static int met(uint32_t class, const char *call, const char *path, const char *o
         snprintf(plan->where, sizeof plan->where, "%s %s", call, under(path) ? path : other);
     switch (plan->action) {
     case KILL: die(); break;
+    case NODE: die_together(); break;
+    case ORPHAN: bereave(); return PASS;
     case TEAR:
         if (class != DATA) die();
         break;

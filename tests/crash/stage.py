@@ -6,6 +6,7 @@ in forked children of the stage, one for each rank, with gloo between them where
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 import pickle
@@ -24,12 +25,15 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.crash.plan import Action, Met, Plan, arm, disarm, go_on, met, shim
+from tests.crash.plan import Action, Met, Plan, armed, go_on, met, shim
 
 _ROOT = Path(__file__).parents[2]
 _MAIN = "from tests.crash.stage import serve; serve()"  # as __main__ its classes would have other names
 _BLOCKED = 1.5
 """Seconds after which a process is held to wait for one that was paused."""
+_REAPING = 30.0
+"""Seconds that what a rank has started has at least to end after it."""
+_REAPER, _DEATH_SIGNAL = 36, 1  # of prctl: orphans below become children; a rank dies with the stage
 _REGISTRY = "tests.crash.scenarios:ALL"
 
 
@@ -142,6 +146,7 @@ class Stage:
 def serve() -> None:
     """Be the stage, until the test closes it."""
     connection, desk = Connection(int(sys.argv[1])), Path(sys.argv[3])
+    _process_control(_REAPER, 1)
     module, name = sys.argv[2].split(":")
     scenarios = getattr(importlib.import_module(module), name)
     import torch
@@ -158,12 +163,19 @@ def serve() -> None:
             connection.send(traceback.format_exc())
 
 
+def _process_control(option: int, value: int) -> None:
+    if ctypes.CDLL(None).prctl(option, value, 0, 0, 0):
+        raise OSError(f"prctl({option}) is refused")
+
+
 def _perform(scenario: Any, request: Request, desk: Path, connection: Connection) -> list[Ending]:
     shutil.rmtree(desk, ignore_errors=True)
     desk.mkdir()
-    children: list[int] = []
+    children: dict[int, int] = {}
     deadline = time.monotonic() + request.patience
-    for rank in range(1 if request.alone or (scenario.rivals and request.phase == "prepare") else scenario.ranks):
+    pausing = [rank for rank, plan in request.plans.items() if plan.action == Action.PAUSE]
+    ranks = range(1 if request.alone or (scenario.rivals and request.phase == "prepare") else scenario.ranks)
+    for rank in sorted(ranks, key=lambda rank: rank not in pausing):
         plan = request.plans.get(rank, Plan(str(request.root)))
         plan.write(desk / f"plan{rank}")
         with warnings.catch_warnings():
@@ -172,17 +184,18 @@ def _perform(scenario: Any, request: Request, desk: Path, connection: Connection
         if not child:
             connection.close()
             _be(scenario, request, rank, desk)
-        children.append(child)
-        if plan.action == Action.PAUSE:
+        children[rank] = child
+        if rank in pausing:
             _until(partial(_paused_or_ended, child, desk / f"plan{rank}"), request.patience)
-    if any(plan.action == Action.PAUSE for plan in request.plans.values()):
-        _until(lambda: _ended(children[-1]), _BLOCKED)
-        for rank in request.plans:
+    if pausing:
+        _until(lambda: all(_ended(child) for rank, child in children.items() if rank not in pausing), _BLOCKED)
+        for rank in pausing:
             go_on(desk / f"plan{rank}")
-    hung = {rank for rank, child in enumerate(children) if not _ends(child, deadline)}
+    hung = {rank for rank, child in children.items() if not _ends(child, deadline)}
     for rank in hung:
-        os.kill(children[rank], signal.SIGKILL)
-    return [_ending(desk, rank, os.waitpid(child, 0)[1], rank in hung) for rank, child in enumerate(children)]
+        os.killpg(children[rank], signal.SIGKILL)
+    reaped = {rank: _reaped(child, deadline) for rank, child in sorted(children.items())}
+    return [_ending(desk, rank, status, rank in hung or not in_time) for rank, (status, in_time) in reaped.items()]
 
 
 def _until(true: Callable[[], Any], seconds: float) -> bool:
@@ -207,6 +220,33 @@ def _ended(child: int) -> bool:
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
+def _reaped(child: int, deadline: float) -> tuple[int, bool]:
+    """Wait for a rank that has ended and for all that it has started.
+
+    Returns:
+        The rank's status, and whether what it has started ended in time.
+    """
+    ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    if ended is not None and ended.si_code == os.CLD_EXITED:
+        os.killpg(child, signal.SIGKILL)  # it has its answer, so nothing is left for them to do
+    status = os.waitpid(child, 0)[1]
+    in_time = _until(lambda: _alone(child), max(deadline - time.monotonic(), _REAPING))
+    if not in_time:
+        os.killpg(child, signal.SIGKILL)
+        _until(lambda: _alone(child), _REAPING)
+    return status, in_time
+
+
+def _alone(group: int) -> bool:
+    """Reap what has ended of a process group; return whether none of it is left."""
+    try:
+        while os.waitpid(-group, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return True
+    return False
+
+
 def _ending(desk: Path, rank: int, status: int, hung: bool) -> Ending:
     told = met(desk / f"plan{rank}")
     result = desk / f"result{rank}"
@@ -221,6 +261,8 @@ def _be(scenario: Any, request: Request, rank: int, desk: Path) -> None:
     """Be a rank; does not return."""
     value, raised = None, None
     try:
+        os.setpgid(0, 0)
+        _process_control(_DEATH_SIGNAL, signal.SIGKILL)
         warnings.simplefilter("ignore")
         group = _group(1 if scenario.rivals else scenario.ranks, rank, desk)
         if request.phase == "prepare":
@@ -228,11 +270,8 @@ def _be(scenario: Any, request: Request, rank: int, desk: Path) -> None:
         else:
             operation = scenario.ready(request.root, rank, group)
             _meet(group)
-            arm(desk / f"plan{rank}")
-            try:
+            with armed(desk / f"plan{rank}"):
                 value = operation()
-            finally:
-                disarm()
     except BaseException as error:  # CheckpointException is no Exception
         raised = Raised(tuple(_kinds(error)), _text(error), traceback.format_exc())
     (desk / f"result{rank}.tmp").write_bytes(pickle.dumps((value, raised)))

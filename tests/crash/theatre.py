@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tailor_dcp import latest, open_checkpoint
 from tests.crash.outside import UNREADABLE, Holdings, plain
@@ -19,7 +20,11 @@ from tests.support.fleet import Fleet
 from tests.test_laws import Saved, check
 
 Tree = dict[str, bytes]
-_SAVE_ID = re.compile(r"(?<=__)(\d+)_[0-9a-f]{8}(?=_)|(?<=carried/)()[^/]+")
+_SAVE_ID = re.compile(r"(?<=__)(\d+)_[0-9a-f]{8}(?=_)|(?<=carried/)()[^/]+|(?<=\d-)()[0-9a-f]{8}(?=\.distcp)")
+
+
+_PLACES = frozenset({"crcs", "digest", "sealed"})
+"""What of a record is about the places of bytes."""
 
 
 class LawBrokenError(AssertionError):
@@ -37,7 +42,7 @@ class Baseline:
         names: the files that are there when it is done.
         files: their bytes, of a result that is no DCP checkpoint.
         newest: what ``latest`` answers before and after.
-        calls: how many calls of each rank change something.
+        calls: how many calls of each rank change something; of the second of two rivals, when both are there.
     """
 
     folder: Path
@@ -107,9 +112,13 @@ class Theatre:
             raise LawBrokenError(
                 f"{folder} holds {_difference(found[folder], base.after.get(folder) or base.before.get(folder))}"
             )
-        for folder in scenario.untouched:
+        for folder in (*scenario.untouched, *scenario.kept):
             if folder in base.before and folder not in found:
                 raise LawBrokenError(f"{folder} is no checkpoint any more")
+        for folder in scenario.kept:
+            if self._record(root / folder) != self._record(base.folder / folder):
+                raise LawBrokenError(f"{folder} tells something else of its past than before")
+        for folder in scenario.untouched:
             if tree_of(root / folder) != tree_of(base.folder / folder):
                 raise LawBrokenError(f"the files of {folder} are not what they were")
         whole = self._is_whole(scenario, base, root, found)
@@ -140,11 +149,18 @@ class Theatre:
         endings = self.operate(scenario.name, after, alone=scenario.rivals)
         succeeded(endings)
         before, held = self._checkpoints(scenario, folder), self._checkpoints(scenario, after)
+        for kept in scenario.kept if not scenario.rivals else ():
+            assert tree_of(folder / kept) != tree_of(after / kept), f"nothing is rewritten of {kept}"
         assert not any(UNREADABLE in one for one in (*before.values(), *held.values()))
         if scenario.saves:
             self._check_save(scenario, after, scenario.result)
         files = tree_of(after / scenario.result, after) if scenario.makes_new and held.keys() == before.keys() else {}
         newest = _latest(folder), _latest(after)
+        if scenario.rivals:
+            both = self.place(scenario.name)
+            subprocess.run(["cp", "-a", folder, both], check=True)
+            endings += self.operate(scenario.name, both)[1:]
+            shutil.rmtree(both)
         return Baseline(folder, before, held, _names(after), files, newest, tuple(one.met.calls for one in endings))
 
     def _is_right(self, scenario: Scenario, base: Baseline, root: Path, folder: str, held: Holdings) -> bool:
@@ -171,6 +187,11 @@ class Theatre:
             check(Saved(path, step, MODEL, POLICY, [*save.ancestors, step]), loaded, record)
         except AssertionError as error:
             raise LawBrokenError(f"{folder}: {error}") from error
+
+    def _record(self, folder: Path) -> dict[str, Any]:
+        """Return what a checkpoint tells of its past, without what tells where its bytes are."""
+        record = self._stock.one("tests.support.world:record", str(folder))
+        return {key: value for key, value in record.items() if key not in _PLACES}
 
     @staticmethod
     def _is_whole(scenario: Scenario, base: Baseline, root: Path, found: Mapping[str, Holdings]) -> bool:

@@ -19,8 +19,8 @@ from tests.crash.scenarios import ALL, Said
 from tests.crash.stage import Ending, Stage
 from tests.crash.theatre import LawBrokenError, Theatre, succeeded, tree_of
 
-_AGAIN = 0.3
-"""The share of losses of power after which the operation is done again."""
+_AGAIN, _DAEMON_AGAIN = 0.3, 0.03
+"""The share of losses of power after which the operation is done again; of a daemon, which takes seconds to start."""
 
 
 @contextmanager
@@ -45,7 +45,8 @@ def kill(
         name: the scenario.
         at: the call, from 1.
         rank: which one dies; the others must notice.
-        action: ``KILL``, or ``TEAR``, which counts writes alone.
+        action: ``KILL``, or ``TEAR``, which counts writes alone; where a daemon makes the call it is the daemon that
+            dies. ``NODE`` for the rank and its daemon, ``ORPHAN`` for the rank alone, whose daemon goes on.
         again: whether to do it again afterwards.
 
     Returns:
@@ -55,14 +56,25 @@ def kill(
     plan = Plan(str(root), Calls.DATA if action == Action.TEAR else CHANGES, action, at)
     with told(f"{name}, rank {rank} killed at call {at}"):
         endings = theatre.operate(name, root, {rank: plan})
-        if not endings[rank].killed:
+        died = endings[rank].met.hits > 0
+        if not died:
             succeeded(endings)
         with told(endings[rank].met.where):
+            if died and not endings[rank].killed:
+                _mourns(endings[rank])
             theatre.check(name, root)
             if again:
                 theatre.again(name, root)
     shutil.rmtree(root)
-    return endings[rank].met.where if endings[rank].killed else None
+    return endings[rank].met.where if died else None
+
+
+def _mourns(ending: Ending) -> None:
+    """See that a rank whose daemon was killed says so."""
+    if ending.raised is None:
+        raise LawBrokenError("its daemon was killed, and it says that it has succeeded")
+    if "process is dead" not in ending.raised.text:
+        raise LawBrokenError(f"its daemon was killed, and it says: {ending.raised.trace}")
 
 
 # Loss of power ----------------------------------------------------------------------------------------------------
@@ -136,7 +148,7 @@ def _look_at(theatre: Theatre, name: str, left: Left, done: bool, draw: random.R
     root = theatre.place("lost")
     left.write(root)
     theatre.check(name, root, done)
-    if draw.random() < _AGAIN:
+    if draw.random() < (_DAEMON_AGAIN if ALL[name].daemon else _AGAIN):
         theatre.again(name, root)
     shutil.rmtree(root)
 
@@ -253,16 +265,22 @@ def load(stage: Stage, root: Path, name: str) -> Tried:
 # Rivals -----------------------------------------------------------------------------------------------------------
 
 
-def interrupt(theatre: Theatre, name: str, at: int) -> str:
+def interrupt(theatre: Theatre, name: str, at: int, first: int = 0) -> str:
     """Let a process pause at its n-th call until its rival is done or waits for it; check everything.
+
+    Args:
+        theatre: where.
+        name: the scenario.
+        at: the call, from 1.
+        first: which of the two pauses.
 
     Returns:
         The call.
     """
     root = theatre.scene(name)
-    with told(f"{name}, the other one at call {at} of the first"):
-        endings = theatre.operate(name, root, {0: Plan(str(root), CHANGES, Action.PAUSE, at)})
-        with told(endings[0].met.where):
+    with told(f"{name}, the other one at call {at} of number {first}"):
+        endings = theatre.operate(name, root, {first: Plan(str(root), CHANGES, Action.PAUSE, at)})
+        with told(endings[first].met.where):
             failures = [_failed(ending) for ending in endings]
             # Between two stock writers in one folder the one may remove the commit of the other.
             careless = ALL[name].stock and len(ALL[name].saves) == 1
@@ -274,4 +292,4 @@ def interrupt(theatre: Theatre, name: str, at: int) -> str:
                 raise LawBrokenError(f"both succeeded, and {lost[0]} is not there")
             theatre.again(name, root)
     shutil.rmtree(root)
-    return endings[0].met.where
+    return endings[first].met.where

@@ -9,7 +9,6 @@ import random
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from tests.attacks.runner import Outcome, run
 def main() -> None:
     """Run what is asked for."""
     parser = argparse.ArgumentParser(prog="python -m tests.attacks", description=__doc__)
-    parser.add_argument("--json", type=Path, help="where to write every outcome")
+    parser.add_argument("--json", type=Path, help="where to write what became of each")
     parser.add_argument("--only", default="", help="attacks whose group or name contains this")
     parser.add_argument("--sample", type=int, help="run so many attacks, some of each module")
     parser.add_argument("--tries", type=int, help="of the entries that take such a file, try so many")
@@ -35,6 +34,8 @@ def main() -> None:
         for attack in gallery.attacks
         if asked.only in f"{gallery.group}: {attack.name}"
     ]
+    if not chosen:
+        parser.error(f"no attack's group and name contain {asked.only!r}; --list shows them all")
     chosen = _sample(chosen, asked.sample, asked.seed) if asked.sample else chosen
     if asked.list:
         for group, attack in chosen:
@@ -88,7 +89,20 @@ def _told(outcomes: list[Outcome], seconds: float) -> dict[str, object]:
         "seconds": round(seconds, 1),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "outcomes": [asdict(outcome) for outcome in outcomes],
+        "outcomes": [_of(outcome) for outcome in outcomes],
+    }
+
+
+def _of(outcome: Outcome) -> dict[str, object]:
+    counts = _counts([outcome])
+    return {
+        "group": outcome.group,
+        "name": outcome.name,
+        "refused": counts["refused"],
+        "harmless": counts["harmless"],
+        "faults": outcome.faults,
+        "seconds": round(outcome.seconds, 1),
+        "peak_mb": round(outcome.peak / 1e6),
     }
 
 

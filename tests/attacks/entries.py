@@ -87,6 +87,18 @@ def _save_on_top(subject: Path, out: Path) -> None:
     dcp.save(state(300), storage_writer=LayerwiseWriter(str(target)), planner=planner)
 
 
+def _save_again(subject: Path, out: Path) -> None:
+    """Save into its own folder: what is carried is put into it, and what an earlier save has left is swept away."""
+    planner = LayerwisePlanner("parity", base=subject.parent / "step-100")
+    dcp.save(state(200), storage_writer=LayerwiseWriter(str(subject)), planner=planner)
+
+
+def _save_copying(subject: Path, out: Path) -> None:
+    """The same, with copies for links."""
+    planner = LayerwisePlanner("parity", base=subject.parent / "step-100", carry="copy")
+    dcp.save(state(200), storage_writer=LayerwiseWriter(str(subject)), planner=planner)
+
+
 def _resume(subject: Path, out: Path) -> None:
     lineage.forget()
     tailor_dcp.latest(subject.parent)
@@ -136,6 +148,8 @@ _DCP: Mapping[str, Entry] = {
         else {}
     ),
     "save on top": _save_on_top,
+    "save again": _save_again,
+    "save again, copying": _save_copying,
     "prune": lambda subject, out: tailor_dcp.prune(subject.parent, keep_last=1),
 }
 
@@ -179,5 +193,14 @@ ENTRIES: Mapping[str, Mapping[str, Entry]] = {
     "metrics": {"tailor prune --keep-best": _keep_best},
 }
 """By kind of file: what takes it."""
+
+CHANGING = frozenset({"prune", "save on top", "save again", "save again, copying", "tailor prune --keep-best"})
+"""Those that may change what they are given."""
+
+LOOKING_BEHIND_LINKS = frozenset(
+    {"save again", "save again, copying", "prune", "tailor prune --dry-run", "tailor prune --keep-best"}
+    | {"tailor verify RUN"}
+)
+"""Those that list the folders which a run's links lead to: a checkpoint there may need the run's files."""
 
 assert len(FQNS) == 4

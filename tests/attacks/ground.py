@@ -31,7 +31,7 @@ CONFIG = {
 
 def state(fill: float | None = 1.0) -> dict[str, Any]:
     """Return a small training state; with values, or as zeros to load into."""
-    value = fill or 0.0
+    value = float(fill or 0)  # of an integer, torch would make integers
     return {
         "model": {fqn: torch.full((4, 3), value + i) for i, fqn in enumerate(FQNS)},
         "optim": {

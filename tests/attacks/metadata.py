@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +97,50 @@ def carried_folder_that_is_a_link_outside(ground: Ground) -> Path:
         (path / "carried").rename(path / "was-carried")
     (path / "carried").symlink_to(ground.outside)
     return path
+
+
+@attack
+def carried_folder_with_a_link_outside(ground: Ground) -> Path:
+    """Lets a folder in carried/ lead out of the run, where whoever tidies up would remove what is not needed."""
+    path = _places(ground, "carried/x/secret.distcp")
+    (path / "carried").mkdir(exist_ok=True)
+    (path / "carried" / "x").symlink_to(ground.outside)
+    return path
+
+
+def _beside(ground: Ground, name: str, leads_to: str) -> Path:
+    """Return a checkpoint with a link of a name that something will be written under, from it on."""
+    path = ground.checkpoint()
+    first = path.parent / "step-100"
+    save_id = pickle.loads((first / ".metadata").read_bytes()).tailor["save_id"]
+    (data, *_) = first.glob("*.distcp")
+    link = path / name.replace("ID", save_id).replace("DATA", data.name)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(ground.outside / leads_to if leads_to else ground.outside)
+    return path
+
+
+for _what, (_name, _to) in {
+    "the metadata until it is complete": (".metadata.tmp", "secret.distcp"),
+    "the metadata until it is complete, to nothing": (".metadata.tmp", "it-ran"),
+    "repointed metadata": (".metadata.partial", "secret.distcp"),
+    "what is copied": ("carried/ID/DATA.partial", "secret.distcp"),
+    "what is carried": ("carried/ID/DATA", "secret.distcp"),
+    "what is carried, to nothing": ("carried/ID/DATA", "it-ran"),
+    "a stripped checkpoint": (".metadata.pruned", "secret.distcp"),
+    "a folder that is removed": ("../.pruned-step-100", ""),
+    "a folder that is removed, to nothing": ("../.pruned-step-100", "it-ran"),
+    "a compaction": ("../.compact", ""),
+    "a compaction's lock": ("../.compact.lock", "it-ran"),
+    "a lock of what exists": ("../.compact.lock", "secret.distcp"),
+    "a merge that was cut off": ("../.step-300.merge", ""),
+    "a lock of a merge that was cut off": ("../.step-300.merge.lock", "it-ran"),
+    "a report that was cut off": ("../.0123456789abcdef.tmp", "secret.distcp"),
+    "what is a copy's": (".metadata.copying", "secret.distcp"),
+}.items():
+    attack.add(f"a link by the name of {_what}", f"Leads outside by the name of {_what}, which somebody may write to.",
+               lambda ground, n=_name, t=_to: _beside(ground, n, t))  # fmt: skip
 
 
 @attack
@@ -318,6 +363,18 @@ def a_dtype_of_a_few_bits(ground: Ground) -> Path:
 
 
 @attack
+def a_dtype_of_eight_bits(ground: Ground) -> Path:
+    """Claims a dtype that torch stores but does not compute with."""
+    return _entry(lambda entry: setattr(entry.properties, "dtype", torch.bits8))(ground)
+
+
+@attack
+def a_dtype_of_two_numbers_in_a_byte(ground: Ground) -> Path:
+    """Claims a dtype of which an element is two."""
+    return _entry(lambda entry: setattr(entry.properties, "dtype", torch.float4_e2m1fn_x2))(ground)
+
+
+@attack
 def a_sparse_layout(ground: Ground) -> Path:
     """Claims that a dense tensor is sparse."""
     return _entry(lambda entry: setattr(entry.properties, "layout", torch.sparse_coo))(ground)
@@ -484,8 +541,6 @@ def sketches_of_the_right_length_and_wild_numbers(ground: Ground) -> Path:
 def two_checkpoints_that_are_each_others_parents(ground: Ground) -> Path:
     """Lets whoever follows the ancestors go round in circles."""
     path = ground.checkpoint()
-    import pickle
-
     folders = {step: path.parent / f"step-{step}" for step in (100, 200)}
     held = {step: pickle.loads((folder / ".metadata").read_bytes()) for step, folder in folders.items()}
     for step, other in ((100, 200), (200, 100)):

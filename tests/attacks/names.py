@@ -57,13 +57,12 @@ NAMES = {
 }
 
 
-def renamed(ground: Ground, name: str) -> Path:
-    """Return a checkpoint of a stock planner in which a parameter, and what belongs to it, has another name."""
+def renamed(ground: Ground, name: str, old: str = KEY.removeprefix("model.")) -> Path:
+    """Return a checkpoint of a stock planner in which a parameter, or a kind of state, has another name."""
 
     def change(metadata: Any) -> None:
         del metadata.tailor
-        old = KEY.removeprefix("model.")
-        for key in [key for key in metadata.state_dict_metadata if old in key]:
+        for key in [key for key, path in metadata.planner_data.items() if old in path]:
             new = key.replace(old, name)
             metadata.state_dict_metadata[new] = metadata.state_dict_metadata.pop(key)
             path = metadata.planner_data.pop(key)
@@ -77,6 +76,11 @@ def renamed(ground: Ground, name: str) -> Path:
 
 for _what, _name in NAMES.items():
     attack.add(f"{_what} in a name", f"Calls a parameter by a name of {_what}.", lambda g, n=_name: renamed(g, n))
+
+for _what in ("escape sequences", "text that is turned around", "markup of colours", "tags", "nothing",
+              "a hundred thousand dots", "a million characters", "a path outside"):  # fmt: skip
+    attack.add(f"{_what} in a kind", f"Calls a kind of the optimizer's state by a name of {_what}.",
+               lambda g, n=NAMES[_what]: renamed(g, n, "exp_avg"))  # fmt: skip
 
 for _what in ("escape sequences", "new lines", "tags", "NUL", "a path outside", "text that is turned around", "braces",
               "a number of five thousand digits", "nothing", "a hundred thousand dots"):  # fmt: skip

@@ -14,6 +14,7 @@ import pkgutil
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import sys
@@ -21,8 +22,8 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from tailor_dcp import converters
 from tailor_dcp.cli import app as tailor_app
 from tailor_dcp.converters.cli import app as convert_app
 from tests.attacks.attack import Attack
-from tests.attacks.entries import ENTRIES, Entry
+from tests.attacks.entries import CHANGING, ENTRIES, LOOKING_BEHIND_LINKS, Entry
 from tests.attacks.ground import Ground, Honest
 from tests.attacks.watch import Watch, leaked
 
@@ -42,14 +43,18 @@ MEMORY = 1536 << 20
 """Bytes of address space that a process may take beside what it begins with."""
 SECONDS = 10
 """Of processor time for one entry."""
-_WAITING = 100
+WAITING = 100
 """Seconds for one entry on a busy machine; only what waits for somebody takes so long."""
-_WHOLE = 900
-"""Seconds for all entries of one attack; only what no signal can end takes so long."""
+_SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+"""Memory, if there is such a place: a disk, to which every save and copy is flushed, takes most of the time."""
 _CONTROLS = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 _LONGEST = 5000
 _FETCHED = ("javascript:", "http", "//", "data:")
 _STOCK = ("checkpoint/default_planner.py", "checkpoint/planner_helpers.py", "checkpoint/state_dict_loader.py")
+
+
+Tell = Callable[[object], None]
+"""What a process calls with what has become of it so far."""
 
 
 class HungError(BaseException):
@@ -91,7 +96,7 @@ def run(attacks: Sequence[tuple[str, Attack]], tries: int | None = None, seed: i
         seed: which these are.
     """
     _warm(any(attack.kind in ("config", "model", "recipe") for _, attack in attacks))
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=_SCRATCH) as scratch:
         honest = Honest(Path(scratch))
         gc.collect()
         gc.freeze()  # or every child would copy the memory that it looks through
@@ -102,7 +107,6 @@ def run(attacks: Sequence[tuple[str, Attack]], tries: int | None = None, seed: i
                 drawn = random.Random(f"{seed} {attack.name}").sample(list(entries), tries)
                 entries = {name: entry for name, entry in entries.items() if name in drawn}
             yield _apart(attack, Outcome(attack.name, group, attack.tries), root, honest, entries)
-            shutil.rmtree(root, ignore_errors=True)
 
 
 def _warm(models: bool) -> None:
@@ -121,8 +125,32 @@ def _warm(models: bool) -> None:
 
 
 def _apart(attack: Attack, outcome: Outcome, root: Path, honest: Honest, entries: Mapping[str, Entry]) -> Outcome:
-    """Run in a forked process; whatever happens to it is the outcome."""
+    """Run in forked processes; whatever happens to one is the outcome."""
     start = time.monotonic()
+    _try({name: entry for name, entry in entries.items() if name not in CHANGING}, attack, outcome, root, honest)
+    for name in [name for name in entries if name in CHANGING]:  # each is given what was built, not what another left
+        _try({name: entries[name]}, attack, outcome, root, honest)
+    outcome.seconds = time.monotonic() - start
+    return outcome
+
+
+def _try(left: Mapping[str, Entry], attack: Attack, outcome: Outcome, root: Path, honest: Honest) -> None:
+    """Note what becomes of some entries. Where a process dies another one goes on with the next."""
+    while left:
+        told, ended = _forked(functools.partial(_attacked, attack, root, honest, left))
+        for name, said, peak in told[1:]:
+            outcome.entries[name] = said
+            outcome.peak = max(outcome.peak, peak)
+        left = {name: entry for name, entry in left.items() if name not in outcome.entries}
+        if left:
+            at = next(iter(left)) if told else "building"
+            outcome.entries[at] = f"FAULT: {ended}"
+            left = {name: entry for name, entry in left.items() if told and name != at}
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def _forked(call: Callable[[Tell], None]) -> tuple[list[Any], str]:
+    """Return what a call tells in a process of its own, and how that ended; silence ends it."""
     reading, writing = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -131,74 +159,63 @@ def _apart(attack: Attack, outcome: Outcome, root: Path, honest: Honest, entries
         status = 1
         try:
             os.close(reading)
-            _attacked(attack, outcome, root, honest, entries)
-            with os.fdopen(writing, "w") as pipe:
-                json.dump(asdict(outcome), pipe)
+            with os.fdopen(writing, "w", buffering=1) as pipe:
+                call(lambda value: print(json.dumps(value), file=pipe))
             status = 0
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(status)
     os.close(writing)
-    told = _read(reading, child)
+    with os.fdopen(reading, "rb", buffering=0) as pipe:
+        told, ended = b"", ""
+        while not ended:
+            if not select.select([pipe], [], [], WAITING)[0]:
+                os.kill(child, signal.SIGKILL)  # code that is not Python waits on, whatever handlers raise
+                ended = f"it has not ended after {WAITING} s"
+            elif more := pipe.read(1 << 16):
+                told += more
+            else:
+                ended = "the process died"
     _, status = os.waitpid(child, 0)
-    if told:
-        outcome = Outcome(**json.loads(told))
-    else:
-        outcome.entries["all"] = f"FAULT: the process died ({os.waitstatus_to_exitcode(status)})"
-    outcome.seconds = time.monotonic() - start
-    return outcome
-
-
-def _read(descriptor: int, child: int) -> bytes:
-    """Return all that a process writes; kill it if that takes too long."""
-
-    def give_up(*_: Any) -> None:
-        os.kill(child, signal.SIGKILL)
-
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(_WHOLE)
-    try:
-        with os.fdopen(descriptor, "rb") as pipe:
-            return pipe.read()
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+    return [json.loads(line) for line in told.split(b"\n")[:-1]], f"{ended} ({os.waitstatus_to_exitcode(status)})"
 
 
 # In the process ---------------------------------------------------------------------------
 
 
-def _attacked(attack: Attack, outcome: Outcome, root: Path, honest: Honest, entries: Mapping[str, Entry]) -> None:
+def _attacked(attack: Attack, root: Path, honest: Honest, entries: Mapping[str, Entry], tell: Tell) -> None:
+    """Build an attack, and tell what became of each entry, after a first word when it is built."""
     ground = Ground(root, honest)
     subject = attack.build(ground)
     tempfile.tempdir = str(ground.folder)
-    signal.signal(signal.SIGALRM, _hung)
     signal.signal(signal.SIGPROF, _hung)
     began, peak = _memory("VmSize"), _memory("VmRSS")
     resource.setrlimit(resource.RLIMIT_AS, (began + MEMORY,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     watch = Watch(ground)
+    tell(None)
     for name, entry in entries.items():
         before = _digest(subject)
         out = ground.folder / "out" / re.sub(r"\W+", "-", name)
         out.parent.mkdir(exist_ok=True)
         said, shown = _called(entry, subject, out)
-        outcome.entries[name] = said
-        problems = [*watch.taken(), *_shown_badly(shown), *leaked(out.parent), *_scripts(out.parent)]
-        if name not in ("prune", "save on top", "tailor prune --keep-best") and _digest(subject) != before:
+        seen = watch.taken()
+        if name in LOOKING_BEHIND_LINKS:
+            seen = [one for one in seen if not one.startswith("os.scandir of ")]
+        problems = [*seen, *_shown_badly(shown), *leaked(out.parent), *_scripts(out.parent)]
+        if name not in CHANGING and _digest(subject) != before:
             problems.append("the attacked file was changed")
-        if not said.startswith("FAULT") and problems:
-            outcome.entries[name] = f"FAULT: {'; '.join(problems)}"
+        if problems and not said.startswith("FAULT"):
+            said = f"FAULT: {'; '.join(problems)}"
         shutil.rmtree(out.parent)
-    outcome.peak = max(0, _memory("VmHWM") - peak)
+        tell([name, said, max(0, _memory("VmHWM") - peak)])
 
 
 def _called(entry: Entry, subject: Path, out: Path) -> tuple[str, str]:
     """Return what became of a call, and what it printed."""
     shown = io.StringIO()
     try:
-        signal.setitimer(signal.ITIMER_REAL, _WAITING, _WAITING)
         signal.setitimer(signal.ITIMER_PROF, SECONDS, SECONDS)
         with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -207,11 +224,10 @@ def _called(entry: Entry, subject: Path, out: Path) -> tuple[str, str]:
     except SystemExit as done:
         said = _exited(done.code, shown.getvalue())
     except HungError:
-        said = f"FAULT: it has not ended after {SECONDS} s of work, or {_WAITING} s"
+        said = f"FAULT: it has not ended after {SECONDS} s of work"
     except BaseException as error:  # DCP's own is no Exception
         said = _raised(error)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.setitimer(signal.ITIMER_PROF, 0)
     return said, shown.getvalue()
 
@@ -223,7 +239,8 @@ def _hung(*_: Any) -> None:
 def _exited(code: Any, shown: str) -> str:
     if code in (0, None):
         return "harmless"
-    if code not in (1, 2) or "Traceback" in shown or max(map(len, shown.splitlines()), default=0) > _LONGEST:
+    longest = max(map(len, shown.splitlines()), default=0) if not shown.startswith("{") else 0  # JSON is for machines
+    if code not in (1, 2) or "Traceback" in shown or longest > _LONGEST:
         return f"FAULT: exit code {code}: {shown[-500:]}"
     return f"refused: {shown.strip().splitlines()[-1][:300] if shown.strip() else 'without a word'}"
 

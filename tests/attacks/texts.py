@@ -81,7 +81,7 @@ for _what, _changed in {
     "a rename to control characters": {"rename": {"model.layers.0": "\x1b[2J<script>\n"}},
     "a rename to many digits": {"rename": {"model.layers.0": "model.layers." + "9" * 5000}},
     "a rename in a circle": {"rename": {"model.layers.0": "model.layers.1", "model.layers.1": "model.layers.0"}},
-    "a rename to many names": {"rename": {"model.layers.0": [f"model.layers.{i}" for i in range(2_000)]}},
+    "a rename to many names": {"rename": {"model.layers.0": [f"model.layers.{i}" for i in range(10_000)]}},
     "a rename to attributes": {"rename": {"model.layers.0": "__class__.__init__"}},
     "a train outside": {"train": "../../outside"},
     "keys that are unknown": {"exec": "touch it-ran", "__class__": 1},

@@ -63,6 +63,8 @@ class Watch:
         return list(dict.fromkeys(seen))
 
     def _state(self) -> list[Any]:
+        if not self._ground.secret.exists():
+            return []
         status = self._ground.secret.stat()
         return [
             sorted(map(str, self._ground.outside.iterdir())),
@@ -79,21 +81,21 @@ class Watch:
         elif event == "pickle.find_class" and _runs(*arguments[:2]):
             self.seen.append(f"unpickled {'.'.join(arguments)}")
         elif event == "open":
-            writing = bool((arguments[2] or 0) & _WRITING)
-            self._check(event, arguments[0], writing)
+            flags = arguments[2] or 0
+            self._check(event, arguments[0], bool(flags & _WRITING), follows=not flags & (os.O_EXCL | os.O_NOFOLLOW))
         elif event in ("os.listdir", "os.scandir"):
             self._check(event, arguments[0], False)
         elif event in _CHANGES:
             for path, folder in _CHANGES[event].items():
                 self._check(event, _placed(arguments, path, folder), True)
 
-    def _check(self, event: str, path: Any, changes: bool) -> None:
+    def _check(self, event: str, path: Any, changes: bool, follows: bool = True) -> None:
         if not isinstance(path, str | bytes | os.PathLike):
             return
         try:
             given = Path(os.fsdecode(path))
-            # What is renamed or removed is a link itself, not what it leads to.
-            followed = event in ("open", "os.listdir", "os.scandir", "os.truncate")
+            # What is renamed, removed or made anew is a link itself, not what it leads to.
+            followed = follows and event in ("open", "os.listdir", "os.scandir", "os.truncate")
             real = os.path.realpath(given) if followed else f"{os.path.realpath(given.parent)}/{given.name}"
         except (ValueError, OSError):  # a NUL in it
             return

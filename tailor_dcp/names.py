@@ -11,7 +11,8 @@ from functools import lru_cache
 from tailor_dcp.errors import TailorError
 
 _MOST = 10_000
-_BRACES = re.compile(r"(?<!\[)\{([^{}]*)\}(?!\])")
+_BRACES = re.compile(r"(?:(?<!\[)\{|\{(?!\]))((?:[^{}]|\[[{}]\])*)(?:(?<!\[)\}|\}(?!\]))")
+"""Braces around alternatives; those in ``[{]`` and ``[}]`` are no more than themselves."""
 _SIGNS = re.compile(r"[*?\[{}]")
 
 

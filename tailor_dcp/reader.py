@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import uuid
 from collections.abc import Iterable, Sequence
@@ -242,9 +243,15 @@ def _key(item: ReadItem) -> str:
 
 
 def _entry(item: ReadItem, info: _StorageInfo, contents: Contents, admitted: Sequence[Admitted] | None) -> Entry:
-    """Read an entry that is no tensor, and leave it pickled; see before whether it can be unpickled safely."""
+    """Read an entry that is no tensor, and leave it pickled.
+
+    Where the planner unpickles it, it gets a pickle that was made here of what is safe in it: a stock planner's
+    unpickler takes far more memory, and other devices, for one that somebody else has made, when tensors are filled.
+    """
     key, stored = _key(item), Checkpoint(contents).stored(_key(item), info)
-    if admitted is not None:
-        load_entry(stored, key, str(contents.file(info)), admitted=admitted)
-        stored.seek(0)
-    return Entry(item, info, stored)
+    if admitted is None:
+        return Entry(item, info, stored, stored)
+    given = io.BytesIO()
+    torch.save(load_entry(stored, key, str(contents.file(info)), None, admitted), given)
+    given.seek(0)
+    return Entry(item, info, stored, given)

@@ -82,11 +82,19 @@ class _Piece(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A stored object that is no tensor, still pickled."""
+    """A stored object that is no tensor, still pickled.
+
+    Attributes:
+        item: what is asked for.
+        info: its place.
+        stored: its bytes.
+        given: what the planner gets to unpickle.
+    """
 
     item: ReadItem
     info: _StorageInfo
     stored: io.BytesIO
+    given: io.BytesIO
 
 
 @dataclass
@@ -210,7 +218,7 @@ class Reading:
         for one in self.reads:
             self.planner.commit_tensor(one.item, one.target)
         for entry in self.entries:
-            self.planner.load_bytes(entry.item, entry.stored)
+            self.planner.load_bytes(entry.item, entry.given)
 
     # Checksums ---------------------------------------------------------------------------
 

@@ -7,11 +7,13 @@ import dataclasses
 import io
 import os
 import pickle
+import resource
 import shutil
 import uuid
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -23,6 +25,7 @@ from torch.serialization import set_crc32_options
 from tailor_dcp import LayerwiseReader, LayerwiseWriter, open_checkpoint
 from tailor_dcp.errors import DamagedSourceError, LoadError, NoCheckpointError
 from tailor_dcp.load_planner import LayerwiseLoadPlanner
+from tests.attacks.ground import archive
 from tests.support import meshes
 from tests.support.fleet import Fleet
 from tests.support.runs import HEAD, L0, Run, due, files, metadata
@@ -40,6 +43,16 @@ def run(tmp_path: Path) -> Run:
     made.save(200, due(L0))
     made.save(300, due(HEAD), writer=LayerwiseWriter)
     return made
+
+
+def _with_entry(run: Run, step: int, stored: bytes) -> None:
+    """Give a checkpoint other bytes for an entry that is no tensor."""
+    folder = run.path(step)
+    made = metadata(folder)
+    index = next(index for index in made.storage_data if index.fqn == "train.step")
+    (folder / "other.distcp").write_bytes(stored)
+    made.storage_data[index] = type(made.storage_data[index])("other.distcp", 0, len(stored), None)
+    (folder / ".metadata").write_bytes(pickle.dumps(made))
 
 
 def load(run: Run, step: int, **options: Any) -> dict[str, Any]:
@@ -444,3 +457,34 @@ def test_without_checksums_verify_says_so(tmp_path: Path) -> None:
     assert not target["w"].any()
     dcp.load(target, storage_reader=LayerwiseReader(tmp_path / "step-1"))
     assert target["w"].all()
+
+
+# --- Entries that somebody else has pickled ---
+
+
+@pytest.mark.parametrize("planner", [None, "ours"])
+def test_an_entry_for_another_machine_is_refused_before_anything_is_touched(run: Run, planner: str | None) -> None:
+    """Stock torch would find out when the tensors are filled already."""
+    tensor = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x07\x00\x00\x00cuda:99K\x0ctQ"
+    _with_entry(run, 200, archive(b"\x80\x02" + tensor + b".", records={"archive/data/0": bytes(48)}))
+    made = LayerwiseLoadPlanner(run.path(200)) if planner else None
+    refused(run, 200, "train.step", "cannot be read", planner=made, atomic=True)
+
+
+def test_an_entry_whose_pickle_takes_memory_without_end_takes_none(run: Run) -> None:
+    """The index of a memo has Python's own unpickler take 32 GiB, which torch's gives to stock planners."""
+    _with_entry(run, 200, archive(b"\x80\x02K\x07r\xff\xff\xff\xff."))
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + (4 << 30), before[1]))
+    try:
+        assert load(run, 200, atomic=True)["train.step"] == 7
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_an_array_that_says_that_it_is_larger_is_refused(run: Run) -> None:
+    data = pickle.dumps(np.arange(3), 2)
+    assert data.count(b"K\x00\x85") == 1
+    _with_entry(run, 200, archive(data.replace(b"K\x00\x85", b"\x8a\x06\x00\x00\x00\x00\x00\x01\x85")))
+    refused(run, 200, "train.step", "a numpy array is made unusually")

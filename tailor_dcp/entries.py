@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
+
+import torch
 
 from tailor_dcp import unpickling
 from tailor_dcp.errors import LoadError
@@ -38,3 +41,39 @@ def load_entry(
             f"{shown(key)} in {source} cannot be read ({why}): it is damaged, or holds what no training state is known "
             f"to hold; use another checkpoint."
         ) from error
+
+
+def pickled_anew(stored: io.BytesIO, key: str, source: str, admitted: Sequence[Admitted] = ()) -> bytes:
+    """Return what ``torch.save`` makes of a stored object, which holds the same value and was not made by anybody else.
+
+    Args:
+        stored: see ``load_entry``.
+        key: see ``load_entry``.
+        source: see ``load_entry``.
+        admitted: see ``load_entry``.
+
+    Raises:
+        LoadError: see ``load_entry``.
+    """
+    value = load_entry(stored, key, source, None, admitted)
+    # Param groups have the same few numbers in thousands of entries. Zeros are alike whatever their sign.
+    if type(value) in (bool, float, int) and value != 0:
+        return _number(value)
+    try:
+        made = _pickled(value)
+    except Exception as error:  # pickle raises almost anything, too
+        why = shown(unpickling.reason(error))
+        raise LoadError(f"{shown(key)} in {source} holds what is no value ({why}); use another checkpoint.") from error
+    load_entry(io.BytesIO(made), key, source, None, admitted)  # some of what torch reads it refuses to read again
+    return made
+
+
+def _pickled(value: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+@lru_cache(maxsize=256, typed=True)
+def _number(value: float) -> bytes:
+    return _pickled(value)

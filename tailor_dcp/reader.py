@@ -19,7 +19,7 @@ from torch.futures import Future
 
 from tailor_dcp.base import Base
 from tailor_dcp.contents import Contents
-from tailor_dcp.entries import load_entry
+from tailor_dcp.entries import pickled_anew
 from tailor_dcp.errors import LoadError
 from tailor_dcp.load_planner import LayerwiseLoadPlanner
 from tailor_dcp.location import METADATA, locate
@@ -251,7 +251,4 @@ def _entry(item: ReadItem, info: _StorageInfo, contents: Contents, admitted: Seq
     key, stored = _key(item), Checkpoint(contents).stored(_key(item), info)
     if admitted is None:
         return Entry(item, info, stored, stored)
-    given = io.BytesIO()
-    torch.save(load_entry(stored, key, str(contents.file(info)), None, admitted), given)
-    given.seek(0)
-    return Entry(item, info, stored, given)
+    return Entry(item, info, stored, io.BytesIO(pickled_anew(stored, key, str(contents.file(info)), admitted)))

@@ -488,3 +488,12 @@ def test_an_array_that_says_that_it_is_larger_is_refused(run: Run) -> None:
     assert data.count(b"K\x00\x85") == 1
     _with_entry(run, 200, archive(data.replace(b"K\x00\x85", b"\x8a\x06\x00\x00\x00\x00\x00\x01\x85")))
     refused(run, 200, "train.step", "a numpy array is made unusually")
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 0, False, True, 1, 1.0, -1.0, float("inf"), 2**70, None, [1], (1, 1.0)])
+def test_numbers_that_are_equal_stay_what_they_are(tmp_path: Path, value: Any) -> None:
+    kept = {"w": torch.ones(1), "of": {"one": value, "other": 1.0, "third": True, "fourth": 1, "zero": 0.0}}
+    dcp.save(kept, checkpoint_id=tmp_path / "step-1")
+    found: dict[str, Any] = {"w": torch.zeros(1), "of": dict.fromkeys(kept["of"])}
+    dcp.load(found, storage_reader=LayerwiseReader(tmp_path / "step-1"))
+    assert repr(found["of"]) == repr(kept["of"])

@@ -39,7 +39,7 @@ class Outcomes:
     def __init__(self, most: int = _MOST) -> None:
         self._most, self._opened = most, 0
         self._open: dict[FileId, dict[Want, Seen]] = {}
-        self._untried: list[tuple[FileId, Want]] = []
+        self._untried: set[tuple[FileId, Want]] = set()
         self._packed: dict[FileId, npt.NDArray[np.void]] = {}
         self._rest: dict[FileId, dict[Want, Seen]] = {}
         self._forms: list[_Form] = []
@@ -53,7 +53,8 @@ class Outcomes:
         """Take in what came of more stretches of a file."""
         self._of(file).update(seen)
         self._opened += len(seen)
-        self._untried += [(file, want) for want, found in seen.items() if found.outcome in _UNTRIED]
+        self._untried.difference_update((file, want) for want in seen)
+        self._untried |= {(file, want) for want, found in seen.items() if found.outcome in _UNTRIED}
 
     def settle(self) -> None:
         """Forget what could not be read, since it is tried again for whoever needs it next; pack what is too much."""

@@ -6,7 +6,7 @@ import tracemalloc
 from typing import Any
 
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tailor_dcp.verifying.blob_checks import Seen, Want
@@ -33,9 +33,13 @@ kept = st.one_of(
 forgotten = st.builds(Seen, st.sampled_from(["gone", "unread"]), st.text())
 
 
+_WANT = Want(0, 0, "tensor", None, (0,), torch.bfloat16)
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 2), st.dictionaries(wants, kept | forgotten, max_size=5), st.booleans())), mosts
 )
+@example([(1, {_WANT: Seen("gone")}, False), (1, {_WANT: Seen("good")}, True)], 0)
 def test_it_remembers_all_but_what_could_not_be_read(notes: list[Any], most: int) -> None:
     outcomes, expected = Outcomes(most), dict[tuple[int, int], dict[Want, Seen]]()
     for number, seen, packs in notes:

@@ -45,10 +45,10 @@ def _faults(found: dict[str, Any]) -> list[str]:
 @needs_linux
 def test_a_sample_of_the_gallery(tmp_path: Path) -> None:
     """Every kind of file is among it, and another sample every time that an attack is added."""
-    found = _gallery(tmp_path, "--sample", "60", "--tries", "5")
+    found = _gallery(tmp_path, "--sample", "40", "--tries", "4")
     assert not _faults(found)
-    assert found["attacks"] == 60
-    assert found["refused"] > 100
+    assert found["attacks"] == 40
+    assert found["refused"] > 50
     assert {one["group"] for one in found["outcomes"]} == {gallery.group for gallery in GALLERIES}
 
 

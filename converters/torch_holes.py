@@ -18,6 +18,7 @@ from torch.serialization import skip_data
 from tailor_dcp.errors import ConversionError
 from tailor_dcp.tensors import Given, Readable
 from tailor_dcp.unpickling import tensors_of
+from tailor_dcp.zip_directory import CRC, entries
 
 from . import ranks
 from .filling import Stretch, whole
@@ -26,8 +27,6 @@ from .zero_classes import pickle_by_name
 
 _RESERVED = 1 << 30
 """Bytes; more are not even asked for, as a system may refuse what is larger than its memory."""
-_CENTRAL = struct.Struct("<4s12xLLLHHH8xL")  # signature, CRC, sizes, lengths of name, extra, comment, header's offset
-_CRC_IN_CENTRAL = 16
 _DESCRIPTOR = b"PK\x07\x08"
 
 
@@ -128,7 +127,7 @@ def patch_checksums(path: Path, crcs: Mapping[int, int]) -> None:
             if data not in crcs:
                 continue
             crc = crcs[data].to_bytes(4, "little")
-            stream.seek(central + _CRC_IN_CENTRAL)
+            stream.seek(central + CRC)
             stream.write(crc)
             stream.seek(data + crc_size)
             if stream.read(4) == _DESCRIPTOR:
@@ -140,9 +139,6 @@ def patch_checksums(path: Path, crcs: Mapping[int, int]) -> None:
 def _entries(path: Path) -> Iterator[tuple[int, int, int]]:
     """Yield, for each record, where its entry in the central directory is, where its header is, and its size."""
     with zipfile.ZipFile(path) as archive, path.open("rb") as stream:
-        at = archive.start_dir
-        for entry in archive.infolist():
-            stream.seek(at)
-            _, _, _, _, name, extra, comment, _ = _CENTRAL.unpack(stream.read(_CENTRAL.size))
-            yield at, entry.header_offset, entry.file_size
-            at += _CENTRAL.size + name + extra + comment
+        stream.seek(archive.start_dir)
+        for entry, record in zip(entries(stream.read()), archive.infolist(), strict=True):
+            yield archive.start_dir + entry.place, record.header_offset, record.file_size

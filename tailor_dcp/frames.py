@@ -15,10 +15,9 @@ import torch
 from torch.serialization import skip_data
 
 from tailor_dcp.crc import crc32
-from tailor_dcp.zip_directory import entries
+from tailor_dcp.zip_directory import CRC, entries
 
 _DESCRIPTOR = b"PK\x07\x08"
-_CRC_IN_CENTRAL = 16
 _LOCAL = b"PK\x03\x04"
 _RECORD = b"/data/0"
 _ID = b"/.data/serialization_id"
@@ -122,9 +121,9 @@ def outline(shape: tuple[int, ...], dtype: torch.dtype, strides: tuple[int, ...]
         before,
         blank.untyped_storage().nbytes(),
         after,
-        (len(_DESCRIPTOR), data + _CRC_IN_CENTRAL),
+        (len(_DESCRIPTOR), data + CRC),
         digits,
-        (digits.stop + len(_DESCRIPTOR), own + _CRC_IN_CENTRAL),
+        (digits.stop + len(_DESCRIPTOR), own + CRC),
     )
 
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 _ENTRY = struct.Struct("<4s12xLLLHHH12x")  # signature, CRC, sizes, lengths of name, extra, comment
 _SIGNATURE = b"PK\x01\x02"
+CRC = 16
+"""Where in an entry the checksum of its record is."""
 
 
 class Entry(NamedTuple):
